@@ -1,0 +1,101 @@
+"""What every job has in common: flags that are named alike, exit codes, one-line errors, `--json`.
+
+    def main(args) -> dict: ...                       # returns the figures and artifacts worth reporting
+    if __name__ == "__main__":
+        raise SystemExit(cli.run(main, build_parser()))
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nanochat_ray.errors import UsageError, UserError
+
+DEFAULT_STORAGE = "runs"
+
+_SHARED_FLAGS: dict[str, dict[str, Any]] = {
+    "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
+    "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
+    "corpus": dict(default="demo", help="demo | fineweb-edu | climbmix | a folder or URI of parquet shards"),
+    "shards": dict(type=int, default=None, help="take the first N training shards (plus the validation shard)"),
+    "depth": dict(type=int, default=None, help="the one dial: number of layers, from which all else follows"),
+    "preset": dict(default=None, help="tiny | d12 | d20 | d24 | d26 | d32"),
+    "workers": dict(default="1", help="training workers: N, or MIN:MAX for an elastic group"),
+    "steps": dict(type=int, default=None, help="number of optimizer steps (default: from the plan)"),
+    "seed": dict(type=int, default=42, help="seed of initialisation, data order and sampling"),
+    "address": dict(default=None, help="Ray cluster to join (default: start a local one)"),
+    "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
+    "fresh": dict(action="store_true", help="discard what this stage of the run has done and start anew"),
+    "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
+}
+
+
+def build_parser(module: str, description: str | None, shared_flags: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser for `python -m <module>` with the named shared flags, and `--json` and `--debug`, which all jobs have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for flag in shared_flags:
+        parser.add_argument(f"--{flag}", **_SHARED_FLAGS[flag])
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(
+    main: Callable[[argparse.Namespace], dict[str, Any]],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a job and return its exit code: 0 done, 1 failed, 2 wrong usage."""
+    args = parser.parse_args(argv)
+    try:
+        figures = main(args)
+    except UsageError as error:
+        return _fail(args, error, error.exit_code)
+    except UserError as error:
+        return _fail(args, error, error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(args, error, 1, "interrupted; run the same command again to continue")
+    except Exception as error:
+        hint = "" if args.debug else " (this is a bug; --debug shows the traceback)"
+        return _fail(args, error, 1, f"{type(error).__name__}: {_first_line(error)}{hint}")
+    if args.json:
+        print(json.dumps({"status": "done", **figures}), flush=True)
+    return 0
+
+
+def _fail(args: argparse.Namespace, error: BaseException, exit_code: int, message: str | None = None) -> int:
+    message = message or str(error)
+    if args.debug:
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if args.json:
+        print(json.dumps({"status": "failed", "error": message}), flush=True)
+    return exit_code
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """`"4"` → (4, 4); `"2:16"` → (2, 16).
+
+    Raises:
+        UsageError: not of these forms, or not 1 ≤ MIN ≤ MAX.
+    """
+    low, separator, high = text.partition(":")
+    try:
+        bounds = (int(low), int(high) if separator else int(low))
+    except ValueError:
+        raise UsageError(f"--workers {text!r} is neither N nor MIN:MAX, for example 4 or 2:16") from None
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise UsageError(f"--workers {text!r} must satisfy 1 <= MIN <= MAX")
+    return bounds
