@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat_ray.errors import UsageError, UserError
 
-DEFAULT_STORAGE = "runs"
+DEFAULT_STORAGE = "out"
 
 _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
