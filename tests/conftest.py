@@ -1,0 +1,22 @@
+"""Fixtures every test may use."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite shares two cores with its own Ray workers
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real corpora, chats and tasks, which are not part of the repository."""
+    folder = Path(os.environ.get("NANOCHAT_RAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder}; set NANOCHAT_RAY_TEST_DATA")
+    return folder
