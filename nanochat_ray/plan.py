@@ -1,0 +1,366 @@
+"""The one dial: from `depth` (and optional overrides) to every number of a training run. Standard library only.
+
+    plan = make_plan(depth=12)            # or make_plan(preset="tiny")
+    lr_multiplier(plan, step), muon_momentum(plan, step), weight_decay(plan, step)
+
+A plan is plain data, is stored with the run, and is compared when the run continues. The number of workers is not part
+of it: a step is `micro_batches` micro-batches of `micro_batch_rows` rows, whoever computes them.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from nanochat_ray.errors import UsageError, UserError
+from nanochat_ray.hardware import Hardware
+from nanochat_ray.shape import ModelShape, ParameterCounts, derive_shape, is_power_of_two
+
+STANDARD_RATIO = 12.0  # training tokens per scaling parameter, near the optimum of compute
+
+REFERENCE_DEPTH = 12  # base rates, batch and decay were tuned at this depth
+REFERENCE_BATCH = 2**19  # tokens
+REFERENCE_WIDTH = 768
+BATCH_EXPONENT = 0.383  # best batch ∝ D^0.383 (arXiv:2505.13738)
+BASE_WEIGHT_DECAY = 0.28
+
+MAX_MICRO_BATCH_ROWS = 32
+WARMUP_STEPS = 40
+WARMDOWN_FRACTION = 0.65
+FINAL_RATE_FRACTION = 0.05
+MOMENTUM_RAMP_STEPS = 400
+MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
+SFT_MOMENTUM = 0.95
+SFT_RATE_FRACTION = 0.8
+
+PRETRAIN, SFT = "pretrain", "sft"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "depth": 4,
+        "head_size": 64,
+        "vocab_size": 4096,
+        "sequence_len": 256,
+        "micro_batch_rows": 16,
+        "batch_tokens": 8192,
+        "steps": 150,
+    },
+    **{f"d{depth}": {"depth": depth} for depth in (12, 20, 24, 26, 32)},
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates, one per optimizer group."""
+
+    embedding: float  # AdamW
+    value_embedding: float  # AdamW
+    unembedding: float  # AdamW
+    matrix: float  # Muon
+    scalar: float  # AdamW; the x0 scalars
+    residual_scalar: float  # AdamW; the residual scalars
+    smear: float  # AdamW; smear gate and scalar, backout scalar
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number of one training stage. `rules` says where each came from and takes no part in comparisons."""
+
+    stage: str  # PRETRAIN or SFT: which schedules apply
+    preset: str | None
+    depth: int
+    model: ModelShape
+    parameters: ParameterCounts
+    flops_per_token: int
+    optimal_tokens: int  # D = ratio · P; sets batch, rates and decay even when the run is shorter or longer
+    batch_tokens: int  # B = micro_batch_rows · micro_batches · sequence_len
+    micro_batch_rows: int  # m
+    micro_batches: int  # G, per optimizer step, whatever the number of workers
+    steps: int
+    tokens: int  # steps · batch_tokens
+    warmup_steps: int
+    warmdown_steps: int
+    rates: Rates
+    weight_decay: float  # λ at step 0, Muon matrices only
+    seed: int
+    rules: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole stage."""
+        return self.flops_per_token * self.tokens
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_rows * self.micro_batches
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Plan":
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            UserError: a field is missing or unknown: the plan was written by another version.
+        """
+        try:
+            model, counts = ModelShape(**data["model"]), ParameterCounts(**data["parameters"])
+            return Plan(**{**data, "model": model, "parameters": counts, "rates": Rates(**data["rates"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the stored plan does not fit this version of nanochat_ray ({error})") from error
+
+
+def differences(old: Plan, new: Plan) -> list[str]:
+    """One line per field that differs, `name: old → new`; empty when the plans are equal."""
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    return [f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat.update({} if name == "rules" else _flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def make_plan(
+    depth: int | None = None,
+    preset: str | None = None,
+    *,
+    vocab_size: int | None = None,
+    sequence_len: int | None = None,
+    head_size: int | None = None,
+    kv_heads: int | None = None,
+    window_pattern: str | None = None,
+    micro_batch_rows: int | None = None,
+    batch_tokens: int | None = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    flops: float | None = None,
+    ratio: float | None = None,
+    seed: int = 42,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """The pretraining plan of a depth or a preset; anything given overrides its rule (None = by rule).
+
+    `hardware` only bounds the micro-batch by its memory.
+
+    Raises:
+        UsageError: a value is out of range or two contradict each other; says what would work.
+    """
+    given = {
+        name: value for name, value in locals().items() if value is not None and name not in ("preset", "hardware")
+    }
+    chosen = _with_preset(given, preset)
+    for name, value in chosen.items():
+        if name not in ("window_pattern", "seed") and value <= 0:
+            hint = f" or choose a preset: {', '.join(PRESETS)}" if name == "depth" else ""
+            raise UsageError(f"{_flag(name)} {value} must be at least 1{hint}")
+    rules = {
+        name: f"given ({_flag(name)})" if name in given else f"preset {preset}" for name in chosen if name != "seed"
+    }
+
+    shape = derive_shape(chosen, rules)
+    counts = shape.count_parameters()
+    token_ratio = float(chosen.get("ratio", STANDARD_RATIO))
+    optimal_tokens = int(token_ratio * counts.scaling)
+    reference_tokens = token_ratio * _reference_shape().count_parameters().scaling
+    horizon = optimal_tokens / reference_tokens  # D / D_ref
+    rules["optimal_tokens"] = f"D = {token_ratio:g} · P, P = matrices + unembedding = {counts.scaling:,}"
+
+    batch = chosen.get("batch_tokens") or 2 ** round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
+    rules.setdefault("batch_tokens", f"2^round(log2(2^19 · (D/D_ref)^{BATCH_EXPONENT})), D/D_ref = {horizon:.4g}")
+    rows, micro_batches = _micro_batches(batch, shape, chosen.get("micro_batch_rows"), hardware, rules)
+
+    step_count = _horizon(chosen, optimal_tokens, batch, shape.flops_per_token(), rules)
+    return Plan(
+        stage=PRETRAIN,
+        preset=preset,
+        depth=shape.n_layer,
+        model=shape,
+        parameters=counts,
+        flops_per_token=shape.flops_per_token(),
+        optimal_tokens=optimal_tokens,
+        batch_tokens=batch,
+        micro_batch_rows=rows,
+        micro_batches=micro_batches,
+        steps=step_count,
+        tokens=step_count * batch,
+        warmup_steps=min(WARMUP_STEPS, step_count // 10),
+        warmdown_steps=round(WARMDOWN_FRACTION * step_count),
+        rates=_rates(batch, shape.n_embd),
+        weight_decay=BASE_WEIGHT_DECAY * math.sqrt(batch / REFERENCE_BATCH) / horizon,
+        seed=seed,
+        rules=rules,
+    )
+
+
+def sft_plan(
+    base: Plan,
+    rows: int,
+    *,
+    batch_tokens: int | None = None,
+    steps: int | None = None,
+    rate_fraction: float = SFT_RATE_FRACTION,
+    seed: int | None = None,
+) -> Plan:
+    """The finetuning plan after `base`: `rows` packed rows, each seen once unless `steps` says otherwise.
+
+    The model, micro-batch and batch are those of `base` (or a given batch); rates start at `rate_fraction` of the
+    pretraining ones and fall linearly to 0; momentum is constant and nothing decays.
+
+    Raises:
+        UsageError: the batch is no whole number of micro-batches, or there is less than one micro-batch of rows.
+    """
+    row_tokens = base.model.sequence_len
+    rules = {"rates": f"{rate_fraction:g} · pretraining, linearly to 0", "weight_decay": "0 in finetuning"}
+    wanted = batch_tokens or base.batch_tokens
+    rules["batch_tokens"] = "given (--batch-tokens)" if batch_tokens else "as in pretraining"
+    micro_rows, micro_batches = _micro_batches(wanted, base.model, base.micro_batch_rows, None, rules)
+    step_count = steps or rows * row_tokens // wanted
+    rules["steps"] = "given (--steps)" if steps else f"{rows:,} rows once, {wanted // row_tokens} in a step"
+    if step_count < 1:
+        raise UsageError(
+            f"{rows} finetuning rows are less than one step of {wanted // row_tokens}; give --batch-tokens"
+        )
+    return replace(
+        base,
+        stage=SFT,
+        batch_tokens=wanted,
+        micro_batch_rows=micro_rows,
+        micro_batches=micro_batches,
+        steps=step_count,
+        tokens=step_count * wanted,
+        warmup_steps=0,
+        warmdown_steps=step_count,
+        rates=Rates(**{name: rate * rate_fraction for name, rate in asdict(base.rates).items()}),
+        weight_decay=0.0,
+        seed=base.seed if seed is None else seed,
+        rules=rules,
+    )
+
+
+def lr_multiplier(plan: Plan, step: int) -> float:
+    """Factor on every learning rate at `step` (0 … steps-1)."""
+    if plan.stage == SFT:
+        return (plan.steps - step) / plan.steps
+    if step < plan.warmup_steps:
+        return (step + 1) / plan.warmup_steps
+    left = _warmdown_left(plan, step)
+    return left + (1 - left) * FINAL_RATE_FRACTION
+
+
+def muon_momentum(plan: Plan, step: int) -> float:
+    """Muon's momentum at `step`: the lower of the ramp up and the warm-down, so that a short run never jumps."""
+    if plan.stage == SFT:
+        return SFT_MOMENTUM
+    ramp = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / MOMENTUM_RAMP_STEPS)
+    left = _warmdown_left(plan, step)
+    return min(ramp, left * MOMENTUM_PEAK + (1 - left) * MOMENTUM_END)
+
+
+def weight_decay(plan: Plan, step: int) -> float:
+    """Muon's weight decay at `step`: a cosine from λ to 0."""
+    return plan.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+
+
+def _warmdown_left(plan: Plan, step: int) -> float:
+    """1 before the warm-down, then linearly to 0 at the end of the run."""
+    return min(1.0, (plan.steps - step) / plan.warmdown_steps) if plan.warmdown_steps else 1.0
+
+
+def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
+    known = ", ".join(PRESETS)
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset {preset!r} is unknown; presets: {known}")
+    if preset is None and "depth" not in given:
+        raise UsageError(f"give --depth N or --preset, one of: {known}")
+    if preset is not None and given.get("depth", PRESETS[preset]["depth"]) != PRESETS[preset]["depth"]:
+        raise UsageError(f"--preset {preset} has depth {PRESETS[preset]['depth']}; give --depth or --preset, not both")
+    horizons = [name for name in ("steps", "tokens", "flops", "ratio") if name in given]
+    if len(horizons) > 1:
+        raise UsageError(f"{' and '.join(map(_flag, horizons))} both set the horizon; give one")
+    defaults = dict(PRESETS[preset]) if preset else {}
+    if horizons:
+        defaults.pop("steps", None)
+    return {**defaults, **given}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _reference_shape() -> ModelShape:
+    return derive_shape({"depth": REFERENCE_DEPTH}, {})
+
+
+def _micro_batches(
+    batch: int, shape: ModelShape, rows: int | None, hardware: Hardware | None, rules: dict[str, str]
+) -> tuple[int, int]:
+    """(m, G) with m · G · T = batch. Neither looks at the number of workers."""
+    length = shape.sequence_len
+    if rows is None:
+        fits = [
+            2**power
+            for power in range(MAX_MICRO_BATCH_ROWS.bit_length())
+            if batch % (2**power * length) == 0 and (hardware is None or _fits(shape, 2**power, hardware))
+        ]
+        if not fits and hardware is not None and batch % length == 0:
+            raise UsageError(f"depth {shape.n_layer} does not fit {hardware.name}: not even one row per micro-batch")
+        rows = max(fits, default=1)
+        bound = f"that fits {hardware.memory_bytes / 2**30:.0f} GiB" if hardware else "no hardware named"
+        rules["micro_batch_rows"] = f"largest power of two ≤ {MAX_MICRO_BATCH_ROWS} that divides the batch; {bound}"
+    elif not is_power_of_two(rows):
+        lower = 2 ** (rows.bit_length() - 1)
+        raise UsageError(f"--micro-batch-rows {rows} must be a power of two; nearest: {lower}, {2 * lower}")
+    size = rows * length
+    if batch % size:
+        lower = batch // size * size
+        nearest = ", ".join(f"{n:,}" for n in (lower, lower + size) if n)
+        raise UsageError(
+            f"a batch of {batch:,} tokens is no multiple of {rows} rows × {length} tokens = {size:,}; "
+            f"nearest that work: {nearest}"
+        )
+    rules["micro_batches"] = "G = B / (m · T), for any number of workers"
+    return rows, batch // size
+
+
+def _fits(shape: ModelShape, rows: int, hardware: Hardware) -> bool:
+    """Whether a worker has room when it is the only one, since a run may shrink to one worker."""
+    need = 2 * shape.weight_bytes() + shape.optimizer_bytes() + shape.activation_bytes(rows)
+    return need <= hardware.memory_bytes - hardware.reserved_bytes
+
+
+def _horizon(chosen: dict[str, Any], optimal: int, batch: int, flops_per_token: int, rules: dict[str, str]) -> int:
+    if "steps" in chosen:
+        return chosen["steps"]
+    if "tokens" in chosen:
+        wanted, source = chosen["tokens"] // batch, f"{chosen['tokens']:,} tokens / B, rounded down"
+    elif "flops" in chosen:
+        wanted, source = (
+            round(chosen["flops"] / (flops_per_token * batch)),
+            f"{chosen['flops']:.3g} FLOPs / (B · FLOPs per token)",
+        )
+    else:
+        wanted, source = optimal // batch, "D / B, rounded down"
+    if wanted < 1:
+        raise UsageError(f"the horizon is shorter than one step of {batch:,} tokens; give more, or --batch-tokens")
+    rules["steps"] = source
+    return wanted
+
+
+def _rates(batch: int, width: int) -> Rates:
+    by_batch = math.sqrt(batch / REFERENCE_BATCH)
+    by_width = by_batch * (width / REFERENCE_WIDTH) ** -0.5  # AdamW matrices only
+    return Rates(
+        embedding=0.3 * by_width,
+        value_embedding=0.15 * by_width,
+        unembedding=0.008 * by_width,
+        matrix=0.02 * by_batch,
+        scalar=0.5 * by_batch,
+        residual_scalar=0.005 * by_batch,
+        smear=0.2,
+    )

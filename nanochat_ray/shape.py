@@ -1,0 +1,168 @@
+"""The shape of a model as plain numbers: widths, windows, parameter counts, FLOPs, bytes. Standard library only.
+
+The counts are closed formulas; tests/test_plan.py compares them with the parameters of the real model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_ray.errors import UsageError
+
+STANDARD_VOCAB_SIZE = 2**15
+STANDARD_SEQUENCE_LEN = 2048
+STANDARD_HEAD_SIZE = 128
+STANDARD_WINDOW_PATTERN = "SSSL"
+MIN_VOCAB_SIZE = 256 + 9  # every byte, and the special tokens
+
+VOCAB_MULTIPLE = 64  # embedding and unembedding rows are padded to this, for aligned matrix multiplications
+WINDOW_MULTIPLE = 128  # short attention windows are rounded up to this, the tile of GPU attention kernels
+VALUE_GATE_CHANNELS = 12  # the per-head gate of a value embedding reads this many channels
+SMEAR_GATE_CHANNELS = 24  # the gate that mixes in the previous embedding reads this many channels
+LOSS_CHUNK_TOKENS = 4096  # logits exist for at most this many tokens at once
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters by the group that the optimizer and the scaling rules treat alike."""
+
+    embedding: int
+    value_embeddings: int
+    unembedding: int
+    matrices: int  # every weight inside the layers, the value gates included
+    scalars: int  # residual, x0, smear and backout scalars, and the smear gate
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.value_embeddings + self.unembedding + self.matrices + self.scalars
+
+    @property
+    def scaling(self) -> int:
+        """P, the count that predicts the best horizon: the weights that multiply activations, no look-up tables."""
+        return self.matrices + self.unembedding
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the network is built from; `GPTConfig` has the same fields."""
+
+    sequence_len: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    window_pattern: str
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_width(self) -> int:
+        return self.n_kv_head * self.head_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+    @property
+    def value_embedding_layers(self) -> tuple[int, ...]:
+        """Every other layer, counted so that the last one always has a value embedding."""
+        return tuple(layer for layer in range(self.n_layer) if layer % 2 == (self.n_layer - 1) % 2)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Attention window of each layer in tokens: position i sees the keys i-w … i. The last layer sees all."""
+        long = self.sequence_len
+        short = min(round_up(-(-long // 4), WINDOW_MULTIPLE), long)
+        letters = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.n_layer - 1)]
+        return (*(long if letter == "L" else short for letter in letters), long)
+
+    def count_parameters(self) -> ParameterCounts:
+        width, kv_width, vocab = self.n_embd, self.kv_width, self.padded_vocab_size
+        attention = width * width + 2 * width * kv_width + width * width  # q, k and v, output
+        mlp = 2 * (4 * width * width)
+        value_layers = len(self.value_embedding_layers)
+        return ParameterCounts(
+            embedding=vocab * width,
+            value_embeddings=value_layers * vocab * kv_width,
+            unembedding=vocab * width,
+            matrices=self.n_layer * (attention + mlp) + value_layers * VALUE_GATE_CHANNELS * self.n_kv_head,
+            scalars=2 * self.n_layer + SMEAR_GATE_CHANNELS + 2,
+        )
+
+    def flops_per_token(self) -> int:
+        """FLOPs of one training token, forward and backward.
+
+        6 per weight in a matrix multiplication (2 forward, 4 backward), plus 12 · width · window for attention scores
+        and sums in each layer (the convention of PaLM, arXiv:2204.02311, with windows). Look-ups count nothing.
+        """
+        attention = sum(12 * self.n_embd * min(window, self.sequence_len) for window in self.windows)
+        return 6 * self.count_parameters().scaling + attention
+
+    def weight_bytes(self) -> int:
+        """Weights are kept in fp32 (4 bytes); their gradients take the same again."""
+        return 4 * self.count_parameters().total
+
+    def optimizer_bytes(self, workers: int = 1) -> int:
+        """One worker's share: one fp32 momentum per Muon weight, two fp32 moments per AdamW weight."""
+        counts = self.count_parameters()
+        return -(-(4 * counts.matrices + 8 * (counts.total - counts.matrices)) // workers)
+
+    def activation_bytes(self, rows: int, element_bytes: int = 2) -> int:
+        """What one micro-batch keeps for its backward pass, and one chunk of fp32 logits with their gradient.
+
+        Kept per token and layer: residual, its norm, queries before and after rotation, attention output, second
+        residual and its norm (7 widths); the MLP before and after its activation (8 widths); keys before and after
+        rotation, values before and after the value embedding (4 key/value widths). An estimate; compiled, it is less.
+        """
+        tokens = rows * self.sequence_len
+        per_token = self.n_layer * (15 * self.n_embd + 4 * self.kv_width) * element_bytes
+        logits = min(tokens, LOSS_CHUNK_TOKENS) * self.padded_vocab_size * 8
+        return tokens * per_token + logits
+
+
+def derive_shape(chosen: dict[str, Any], rules: dict[str, str]) -> ModelShape:
+    """The shape of `chosen["depth"]` with what else was chosen; adds to `rules` where each dimension came from.
+
+    Raises:
+        UsageError: a dimension is impossible; says which flag and what would work.
+    """
+    depth = chosen["depth"]
+    head_size = chosen.get("head_size", STANDARD_HEAD_SIZE)
+    width = round_up(64 * depth, head_size)
+    heads = width // head_size
+    kv_heads = chosen.get("kv_heads", heads)
+    vocab_size = chosen.get("vocab_size", STANDARD_VOCAB_SIZE)
+    sequence_len = chosen.get("sequence_len", STANDARD_SEQUENCE_LEN)
+    pattern = chosen.get("window_pattern", STANDARD_WINDOW_PATTERN).upper()
+    if head_size % 2:
+        raise UsageError(f"--head-size {head_size} must be even: rotary positions turn pairs of channels")
+    if heads % kv_heads:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UsageError(f"--kv-heads {kv_heads} does not divide {heads} heads; these do: {divisors}")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UsageError(f"--vocab-size {vocab_size} must be at least {MIN_VOCAB_SIZE}: 256 bytes and 9 special tokens")
+    if not is_power_of_two(sequence_len) or sequence_len < 16:
+        raise UsageError(f"--sequence-len {sequence_len} must be a power of two, 16 or more: 256, 512, 1024, 2048 …")
+    if not pattern or set(pattern) - set("SL"):
+        raise UsageError(f"--window-pattern {pattern!r} must be made of S (quarter window) and L (full), as SSSL")
+    for name, rule in {
+        "head_size": "standard",
+        "width": f"64 · depth, rounded up to a multiple of the head size {head_size}",
+        "heads": "width / head size",
+        "kv_heads": "as many as heads",
+        "vocab_size": "standard, 2^15",
+        "sequence_len": "standard",
+        "window_pattern": "standard; S = quarter of the context, L = all; the last layer is always L",
+    }.items():
+        rules.setdefault(name, rule)
+    return ModelShape(sequence_len, vocab_size, depth, heads, kv_heads, width, pattern)
