@@ -1,4 +1,4 @@
-"""Where artifacts live: any local path or pyarrow URI, and the folders of a run inside it.
+"""Where artifacts live: any local path or pyarrow or fsspec URI, and the folders of a run inside it.
 
     <storage>/data/<corpus>/…                       fetched or generated corpora
     <storage>/runs/<run>/{tokenizer,base,sft,report}/…
@@ -14,6 +14,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 from nanochat_ray.errors import UsageError, UserError
@@ -53,8 +54,19 @@ class Folder:
             return pafs.LocalFileSystem(), self.uri
         try:
             return pafs.FileSystem.from_uri(self.uri)
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowInvalid) as error:
+            if "Unrecognized filesystem type" in str(error):
+                return self._open_with_fsspec()
             raise UserError(f"storage {self.uri} cannot be opened: {error}") from error
+
+    def _open_with_fsspec(self) -> tuple[pafs.FileSystem, str]:
+        import fsspec  # here, because few need it and it costs every job's start 0.2 s
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.uri)
+        except (ImportError, OSError, ValueError) as error:  # ImportError: the store's package is not installed
+            raise UserError(f"storage {self.uri} cannot be opened: {error}") from error
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
     def require_writable(self) -> None:
         """Make the folder and write and delete a probe file in it.
