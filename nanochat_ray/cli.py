@@ -16,6 +16,11 @@ from nanochat_ray.errors import UsageError, UserError
 
 DEFAULT_STORAGE = "out"
 
+TRAINING_FLAGS = (
+    "run", "storage", "workers", "steps", "seed", "address", "dtype", "compile", "eval-every", "eval-tokens",
+    "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
+)  # fmt: skip
+
 _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
     "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
@@ -29,6 +34,12 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "address": dict(default=None, help="Ray cluster to join (default: start a local one)"),
     "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
     "fresh": dict(action="store_true", help="discard what this stage of the run has done and start anew"),
+    "dtype": dict(default=None, choices=["fp32", "bf16"], help="activations (default: what the hardware multiplies best)"),
+    "compile": dict(default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"),
+    "eval-every": dict(type=int, default=None, help="optimizer steps between evaluations (default: five per run)"),
+    "eval-tokens": dict(type=int, default=None, help="validation tokens of one evaluation (default: 5 %% of training)"),
+    "checkpoint-every": dict(type=float, default=60.0, help="seconds between checkpoints"),
+    "keep-checkpoints": dict(type=int, default=2, help="newest checkpoints to keep"),
     "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
 }
 
