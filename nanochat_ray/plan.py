@@ -286,6 +286,8 @@ def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
     defaults = dict(PRESETS[preset]) if preset else {}
     if horizons:
         defaults.pop("steps", None)
+    if "sequence_len" in given or "batch_tokens" in given:
+        defaults.pop("micro_batch_rows", None)  # it was chosen for the preset's own batch
     return {**defaults, **given}
 
 

@@ -1,0 +1,161 @@
+"""A plan for people: every number with the rule it came from, and what it will cost on named hardware.
+
+print(table(plan))                                       # or table(plan, find_hardware("8xH100"))
+for name, value, rule in explain(plan): ...
+"""
+
+from nanochat_ray.hardware import Hardware
+from nanochat_ray.plan import (
+    FINAL_RATE_FRACTION,
+    MOMENTUM_END,
+    MOMENTUM_PEAK,
+    MOMENTUM_RAMP_STEPS,
+    MOMENTUM_START,
+    SFT,
+    SFT_MOMENTUM,
+    WARMDOWN_FRACTION,
+    WARMUP_STEPS,
+    Plan,
+)
+from nanochat_ray.shape import LOSS_CHUNK_TOKENS
+
+Row = tuple[str, str, str]  # name, value, rule
+
+
+def explain(plan: Plan, hardware: Hardware | None = None) -> list[Row]:
+    """Every number of the plan as (name, value, rule), in reading order; with hardware, its cost there as well."""
+    rows = [*_model_rows(plan), *_parameter_rows(plan), *_horizon_rows(plan), *_optimizer_rows(plan)]
+    return [*rows, *_memory_rows(plan, hardware), *(_cost_rows(plan, hardware) if hardware else [])]
+
+
+def table(plan: Plan, hardware: Hardware | None = None) -> str:
+    """`explain` as aligned text under a title line."""
+    rows = explain(plan, hardware)
+    names = max(len(name) for name, _, _ in rows)
+    values = max(len(value) for _, value, _ in rows)
+    preset = f" (preset {plan.preset})" if plan.preset else ""
+    lines = [f"plan: {plan.stage}, depth {plan.depth}{preset}"]
+    lines += [f"  {name:<{names}}  {value:>{values}}  {rule}".rstrip() for name, value, rule in rows]
+    return "\n".join(lines)
+
+
+def _model_rows(plan: Plan) -> list[Row]:
+    model, rules = plan.model, plan.rules
+    inherited = "as in pretraining"
+    return [
+        ("depth", str(plan.depth), rules.get("depth", inherited)),
+        ("width", f"{model.n_embd:,}", rules.get("width", inherited)),
+        ("head size", str(model.head_size), rules.get("head_size", inherited)),
+        ("heads", str(model.n_head), rules.get("heads", inherited)),
+        ("key/value heads", str(model.n_kv_head), rules.get("kv_heads", inherited)),
+        ("vocabulary", f"{model.vocab_size:,}", rules.get("vocab_size", inherited)),
+        ("context T", f"{model.sequence_len:,}", rules.get("sequence_len", inherited)),
+        ("windows", model.window_pattern, rules.get("window_pattern", inherited)),
+    ]
+
+
+def _parameter_rows(plan: Plan) -> list[Row]:
+    counts, model = plan.parameters, plan.model
+    layers = len(model.value_embedding_layers)
+    return [
+        ("matrices", f"{counts.matrices:,}", "attention and MLP of every layer, gates of value embeddings"),
+        ("unembedding", f"{counts.unembedding:,}", f"vocabulary padded to {model.padded_vocab_size:,} · width"),
+        ("embedding", f"{counts.embedding:,}", "the same"),
+        ("value embeddings", f"{counts.value_embeddings:,}", f"in {layers} layers: every other one, the last always"),
+        ("scalars", f"{counts.scalars:,}", "residual and x0 scalars of every layer, smear, backout"),
+        ("parameters", f"{counts.total:,}", "sum of the five"),
+        ("scaling parameters P", f"{counts.scaling:,}", "matrices + unembedding"),
+        ("FLOPs per token", f"{plan.flops_per_token:.4g}", "6 · P + Σ over layers 12 · width · window"),
+    ]
+
+
+def _horizon_rows(plan: Plan) -> list[Row]:
+    rules = plan.rules
+    return [
+        ("compute-optimal tokens D", f"{plan.optimal_tokens:,}", rules.get("optimal_tokens", "as in pretraining")),
+        ("batch B, tokens", f"{plan.batch_tokens:,}", rules["batch_tokens"]),
+        ("micro-batch rows m", str(plan.micro_batch_rows), rules.get("micro_batch_rows", "as in pretraining")),
+        ("micro-batches per step G", str(plan.micro_batches), rules["micro_batches"]),
+        ("steps", f"{plan.steps:,}", rules["steps"]),
+        ("tokens", f"{plan.tokens:,}", "steps · B"),
+        ("tokens per scaling parameter", f"{plan.tokens / plan.parameters.scaling:.3g}", "tokens / P"),
+        ("training FLOPs", f"{plan.flops:.3e}", "FLOPs per token · tokens"),
+    ]
+
+
+def _optimizer_rows(plan: Plan) -> list[Row]:
+    rates = plan.rates
+    rows = [
+        ("rate, embedding", f"{rates.embedding:.4g}", "0.3 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
+        ("rate, value embeddings", f"{rates.value_embedding:.4g}", "half the embedding rate"),
+        ("rate, unembedding", f"{rates.unembedding:.4g}", "0.008 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
+        ("rate, matrices", f"{rates.matrix:.4g}", "0.02 · sqrt(B/2^19), Muon"),
+        ("rate, x0 scalars", f"{rates.scalar:.4g}", "0.5 · sqrt(B/2^19), AdamW"),
+        ("rate, residual scalars", f"{rates.residual_scalar:.4g}", "a hundredth of it"),
+        ("rate, smear and backout", f"{rates.smear:.4g}", "fixed"),
+    ]
+    if plan.stage == SFT:
+        rows = [(name, value, plan.rules["rates"]) for name, value, _ in rows]
+        return [
+            *rows,
+            ("weight decay", "0", plan.rules["weight_decay"]),
+            ("warm-up steps", "0", "none in finetuning"),
+            ("warm-down steps", f"{plan.warmdown_steps:,}", "the whole stage, linearly to 0"),
+            ("Muon momentum", f"{SFT_MOMENTUM}", "constant"),
+        ]
+    share = f"{FINAL_RATE_FRACTION:.0%}"
+    ramp = f"up over {MOMENTUM_RAMP_STEPS} steps, down in the warm-down; the lower of the two"
+    return [
+        *rows,
+        ("weight decay", f"{plan.weight_decay:.4g}", "0.28 · sqrt(B/2^19) · D_ref/D, a cosine to 0, matrices only"),
+        ("warm-up steps", str(plan.warmup_steps), f"min({WARMUP_STEPS}, steps / 10), linear"),
+        ("warm-down steps", f"{plan.warmdown_steps:,}", f"the last {WARMDOWN_FRACTION:.0%}, linear to {share}"),
+        ("Muon momentum", f"{MOMENTUM_START} → {MOMENTUM_PEAK} → {MOMENTUM_END:.2f}", ramp),
+    ]
+
+
+def _memory_rows(plan: Plan, hardware: Hardware | None) -> list[Row]:
+    model, workers = plan.model, hardware.workers if hardware else 1
+    weights, optimizer = model.weight_bytes(), model.optimizer_bytes(workers)
+    activations = model.activation_bytes(plan.micro_batch_rows)
+    group = f"shared by {workers} workers" if workers > 1 else "held by 1 worker"
+    return [
+        ("memory, weights", _gib(weights), "4 bytes per parameter (fp32)"),
+        ("memory, gradients", _gib(weights), "4 bytes per parameter"),
+        ("memory, optimizer", _gib(optimizer), f"4 bytes per Muon weight, 8 per AdamW weight, {group}"),
+        (
+            "memory, activations",
+            _gib(activations),
+            f"m·T tokens · layers · (15 width + 4 kv width) · 2 bytes, + fp32 logits of {LOSS_CHUNK_TOKENS} tokens",
+        ),
+        ("memory per worker", _gib(2 * weights + optimizer + activations), "sum; an estimate, plus the runtime's own"),
+    ]
+
+
+def _cost_rows(plan: Plan, hardware: Hardware) -> list[Row]:
+    hours = plan.flops / (hardware.workers * hardware.peak_flops * hardware.mfu) / 3600
+    speed = plan.tokens / (hours * 3600)
+    peak = f"{hardware.workers * hardware.peak_flops:.3g}"
+    on_demand, spot = hardware.on_demand_per_hour, hardware.spot_per_hour
+    return [
+        ("hardware", hardware.name, f"{hardware.memory_bytes / 2**30:.0f} GiB per worker"),
+        ("tokens per second", f"{speed:,.0f}", f"assumed MFU {hardware.mfu:.0%} of {peak} FLOP/s (dense bf16)"),
+        ("time", duration(hours * 3600), "training FLOPs / FLOP/s reached; without evaluation and start-up"),
+        ("money, on demand", f"${hours * on_demand:,.2f}", f"assumed ${on_demand:,.2f} per hour"),
+        ("money, spot", f"${hours * spot:,.2f}", f"assumed ${spot:,.2f} per hour, before work lost to preemption"),
+    ]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02d} {smaller}"
+    raise AssertionError("unreachable: 60 seconds or more is at least a minute")
