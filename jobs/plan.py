@@ -7,9 +7,8 @@ import argparse
 from typing import Any
 
 from nanochat_ray import cli
-from nanochat_ray.hardware import NAMES, find_hardware
-from nanochat_ray.plan import make_plan
-from nanochat_ray.plan_table import table
+from nanochat_ray.plan import find_hardware, make_plan, table
+from nanochat_ray.plan.hardware import NAMES
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "vocab-size": {"type": int, "help": "tokens in the vocabulary, special tokens included"},

@@ -1,19 +1,18 @@
-"""The one dial: from `depth` (and optional overrides) to every number of a training run. Standard library only.
+"""From `depth` (and optional overrides) to a plan; from a pretraining plan to a finetuning plan.
 
-    plan = make_plan(depth=12)            # or make_plan(preset="tiny")
-    lr_multiplier(plan, step), muon_momentum(plan, step), weight_decay(plan, step)
-
-A plan is plain data, is stored with the run, and is compared when the run continues. The number of workers is not part
-of it: a step is `micro_batches` micro-batches of `micro_batch_rows` rows, whoever computes them.
+The number of workers is not part of a plan: a step is `micro_batches` micro-batches of `micro_batch_rows` rows,
+whoever computes them.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from nanochat_ray.errors import UsageError, UserError
-from nanochat_ray.hardware import Hardware
-from nanochat_ray.shape import ModelShape, ParameterCounts, derive_shape, is_power_of_two
+from nanochat_ray.errors import UsageError
+from nanochat_ray.plan.hardware import Hardware
+from nanochat_ray.plan.record import PRETRAIN, SFT, Plan, Rates
+from nanochat_ray.plan.schedules import warmdown_steps, warmup_steps
+from nanochat_ray.plan.shape import ModelShape, derive_shape, is_power_of_two
 
 STANDARD_RATIO = 12.0  # training tokens per scaling parameter, near the optimum of compute
 
@@ -24,15 +23,7 @@ BATCH_EXPONENT = 0.383  # best batch ∝ D^0.383 (arXiv:2505.13738)
 BASE_WEIGHT_DECAY = 0.28
 
 MAX_MICRO_BATCH_ROWS = 32
-WARMUP_STEPS = 40
-WARMDOWN_FRACTION = 0.65
-FINAL_RATE_FRACTION = 0.05
-MOMENTUM_RAMP_STEPS = 400
-MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
-SFT_MOMENTUM = 0.95
 SFT_RATE_FRACTION = 0.8
-
-PRETRAIN, SFT = "pretrain", "sft"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -46,84 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     **{f"d{depth}": {"depth": depth} for depth in (12, 20, 24, 26, 32)},
 }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Peak learning rates, one per optimizer group."""
-
-    embedding: float  # AdamW
-    value_embedding: float  # AdamW
-    unembedding: float  # AdamW
-    matrix: float  # Muon
-    scalar: float  # AdamW; the x0 scalars
-    residual_scalar: float  # AdamW; the residual scalars
-    smear: float  # AdamW; smear gate and scalar, backout scalar
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every number of one training stage. `rules` says where each came from and takes no part in comparisons."""
-
-    stage: str  # PRETRAIN or SFT: which schedules apply
-    preset: str | None
-    depth: int
-    model: ModelShape
-    parameters: ParameterCounts
-    flops_per_token: int
-    optimal_tokens: int  # D = ratio · P; sets batch, rates and decay even when the run is shorter or longer
-    batch_tokens: int  # B = micro_batch_rows · micro_batches · sequence_len
-    micro_batch_rows: int  # m
-    micro_batches: int  # G, per optimizer step, whatever the number of workers
-    steps: int
-    tokens: int  # steps · batch_tokens
-    warmup_steps: int
-    warmdown_steps: int
-    rates: Rates
-    weight_decay: float  # λ at step 0, Muon matrices only
-    seed: int
-    rules: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the whole stage."""
-        return self.flops_per_token * self.tokens
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.micro_batch_rows * self.micro_batches
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "Plan":
-        """The plan that `to_dict` wrote.
-
-        Raises:
-            UserError: a field is missing or unknown: the plan was written by another version.
-        """
-        try:
-            model, counts = ModelShape(**data["model"]), ParameterCounts(**data["parameters"])
-            return Plan(**{**data, "model": model, "parameters": counts, "rates": Rates(**data["rates"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the stored plan does not fit this version of nanochat_ray ({error})") from error
-
-
-def differences(old: Plan, new: Plan) -> list[str]:
-    """One line per field that differs, `name: old → new`; empty when the plans are equal."""
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    return [f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat.update({} if name == "rules" else _flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def make_plan(
@@ -189,8 +102,8 @@ def make_plan(
         micro_batches=micro_batches,
         steps=step_count,
         tokens=step_count * batch,
-        warmup_steps=min(WARMUP_STEPS, step_count // 10),
-        warmdown_steps=round(WARMDOWN_FRACTION * step_count),
+        warmup_steps=warmup_steps(step_count),
+        warmdown_steps=warmdown_steps(step_count),
         rates=_rates(batch, shape.n_embd),
         weight_decay=BASE_WEIGHT_DECAY * math.sqrt(batch / REFERENCE_BATCH) / horizon,
         seed=seed,
@@ -241,35 +154,6 @@ def sft_plan(
         seed=base.seed if seed is None else seed,
         rules=rules,
     )
-
-
-def lr_multiplier(plan: Plan, step: int) -> float:
-    """Factor on every learning rate at `step` (0 … steps-1)."""
-    if plan.stage == SFT:
-        return (plan.steps - step) / plan.steps
-    if step < plan.warmup_steps:
-        return (step + 1) / plan.warmup_steps
-    left = _warmdown_left(plan, step)
-    return left + (1 - left) * FINAL_RATE_FRACTION
-
-
-def muon_momentum(plan: Plan, step: int) -> float:
-    """Muon's momentum at `step`: the lower of the ramp up and the warm-down, so that a short run never jumps."""
-    if plan.stage == SFT:
-        return SFT_MOMENTUM
-    ramp = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / MOMENTUM_RAMP_STEPS)
-    left = _warmdown_left(plan, step)
-    return min(ramp, left * MOMENTUM_PEAK + (1 - left) * MOMENTUM_END)
-
-
-def weight_decay(plan: Plan, step: int) -> float:
-    """Muon's weight decay at `step`: a cosine from λ to 0."""
-    return plan.weight_decay * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-
-
-def _warmdown_left(plan: Plan, step: int) -> float:
-    """1 before the warm-down, then linearly to 0 at the end of the run."""
-    return min(1.0, (plan.steps - step) / plan.warmdown_steps) if plan.warmdown_steps else 1.0
 
 
 def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:

@@ -1,23 +1,9 @@
-"""A plan for people: every number with the rule it came from, and what it will cost on named hardware.
+"""A plan for people: every number with the rule it came from, and what it will cost on named hardware."""
 
-print(table(plan))                                       # or table(plan, find_hardware("8xH100"))
-for name, value, rule in explain(plan): ...
-"""
-
-from nanochat_ray.hardware import Hardware
-from nanochat_ray.plan import (
-    FINAL_RATE_FRACTION,
-    MOMENTUM_END,
-    MOMENTUM_PEAK,
-    MOMENTUM_RAMP_STEPS,
-    MOMENTUM_START,
-    SFT,
-    SFT_MOMENTUM,
-    WARMDOWN_FRACTION,
-    WARMUP_STEPS,
-    Plan,
-)
-from nanochat_ray.shape import LOSS_CHUNK_TOKENS
+from nanochat_ray.plan import schedules
+from nanochat_ray.plan.hardware import Hardware
+from nanochat_ray.plan.record import SFT, Plan
+from nanochat_ray.plan.shape import LOSS_CHUNK_TOKENS
 
 Row = tuple[str, str, str]  # name, value, rule
 
@@ -101,16 +87,24 @@ def _optimizer_rows(plan: Plan) -> list[Row]:
             ("weight decay", "0", plan.rules["weight_decay"]),
             ("warm-up steps", "0", "none in finetuning"),
             ("warm-down steps", f"{plan.warmdown_steps:,}", "the whole stage, linearly to 0"),
-            ("Muon momentum", f"{SFT_MOMENTUM}", "constant"),
+            ("Muon momentum", f"{schedules.SFT_MOMENTUM}", "constant"),
         ]
-    share = f"{FINAL_RATE_FRACTION:.0%}"
-    ramp = f"up over {MOMENTUM_RAMP_STEPS} steps, down in the warm-down; the lower of the two"
+    share = f"{schedules.FINAL_RATE_FRACTION:.0%}"
+    ramp = f"up over {schedules.MOMENTUM_RAMP_STEPS} steps, down in the warm-down; the lower of the two"
     return [
         *rows,
         ("weight decay", f"{plan.weight_decay:.4g}", "0.28 · sqrt(B/2^19) · D_ref/D, a cosine to 0, matrices only"),
-        ("warm-up steps", str(plan.warmup_steps), f"min({WARMUP_STEPS}, steps / 10), linear"),
-        ("warm-down steps", f"{plan.warmdown_steps:,}", f"the last {WARMDOWN_FRACTION:.0%}, linear to {share}"),
-        ("Muon momentum", f"{MOMENTUM_START} → {MOMENTUM_PEAK} → {MOMENTUM_END:.2f}", ramp),
+        ("warm-up steps", str(plan.warmup_steps), f"min({schedules.WARMUP_STEPS}, steps / 10), linear"),
+        (
+            "warm-down steps",
+            f"{plan.warmdown_steps:,}",
+            f"the last {schedules.WARMDOWN_FRACTION:.0%}, linear to {share}",
+        ),
+        (
+            "Muon momentum",
+            f"{schedules.MOMENTUM_START} → {schedules.MOMENTUM_PEAK} → {schedules.MOMENTUM_END:.2f}",
+            ramp,
+        ),
     ]
 
 
