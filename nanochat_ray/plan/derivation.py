@@ -70,7 +70,7 @@ def make_plan(
     chosen = _with_preset(given, preset)
     for name, value in chosen.items():
         if name not in ("window_pattern", "seed") and value <= 0:
-            hint = f" or choose a preset: {', '.join(PRESETS)}" if name == "depth" else ""
+            hint = f"; or choose a preset: {', '.join(PRESETS)}" if name == "depth" else ""
             raise UsageError(f"{_flag(name)} {value} must be at least 1{hint}")
     rules = {
         name: f"given ({_flag(name)})" if name in given else f"preset {preset}" for name in chosen if name != "seed"
