@@ -74,7 +74,7 @@ def _rows(
         for name, encode in encoders.items():
             tokens = sum(len(encode(document)) for document in documents)
             row = {"text": text, "encoding": name, "bytes": size, "tokens": tokens}
-            rows.append({**row, "bytes_per_token": round(size / tokens, 3)})
+            rows.append({**row, "bytes_per_token": round(size / max(tokens, 1), 3)})
     return rows
 
 

@@ -191,7 +191,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     supported = len(tokens) + len(SPECIAL_TOKENS)
     if supported < vocab_size:
         raise UserError(
-            f"vocabulary of {vocab_size} is larger than the text supports: it has merges for {supported}; "
+            f"vocabulary of {vocab_size} is larger than the text supports: it yields {supported} ids; "
             f"pass --vocab-size {supported} or less, or give more text"
         )
     return Tokenizer(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
