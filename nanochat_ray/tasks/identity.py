@@ -63,7 +63,7 @@ SMALL_TALK = (
         "Hello! How can I help you?",
         ("Hello", "Hi", "Hey", "Hello!", "Hi!", "Hi there", "Hello there!", "Good morning", "Good evening!",
          "Good afternoon", "Greetings", "hey there"),
-        ("Hi there!", "Hello there"),
+        ("Hello again!", "Hey you"),
     ),
     Intent(
         "I am fine, thank you. How can I help you?",
@@ -73,12 +73,12 @@ SMALL_TALK = (
     Intent(
         "You are welcome!",
         ("Thanks", "Thank you!", "Thank you very much.", "Thanks a lot!", "Great, thanks.", "That helped, thank you."),
-        ("Thank you", "Thanks!"),
+        ("Thank you so much!", "Many thanks."),
     ),
     Intent(
         "Goodbye!",
         ("Bye", "Goodbye", "Bye!", "See you later.", "See you!", "Good night", "I have to go."),
-        ("Goodbye!", "Bye bye"),
+        ("Bye bye", "Goodbye then."),
     ),
 )  # fmt: skip
 
