@@ -26,6 +26,8 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
     "corpus": dict(default="demo", help="demo | fineweb-edu | climbmix | a folder or URI of parquet shards"),
     "shards": dict(type=int, default=None, help="take the first N training shards (plus the validation shard)"),
+    "sft": dict(default="demo", help="demo | hub | a folder or file of chats with a `messages` column"),
+    "tasks": dict(default=None, help="folder of GSM8K, MMLU and ARC as parquet (default: beside --sft, else none)"),
     "depth": dict(type=int, default=None, help="the one dial: number of layers, from which all else follows"),
     "preset": dict(default=None, help="tiny | d12 | d20 | d24 | d26 | d32"),
     "workers": dict(default="1", help="training workers: N, or MIN:MAX for an elastic group"),

@@ -1,0 +1,129 @@
+"""RAY SHELL: joining a Ray cluster, or starting one on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from nanochat_ray.errors import UserError
+
+# Set in the driver before Ray starts, so that every process of a local cluster inherits it.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves trainers beside any other process
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "passive",  # spinning threads collapse as soon as another process wants a core
+    "MALLOC_TRIM_THRESHOLD_": "67108864",
+}
+_LOCAL_OBJECT_STORE_BYTES = 256 << 20
+_LOCAL_WORKERS_PER_CORE = 4
+_CPUS_FOR_DATA = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where we are connected, in words and numbers."""
+
+    address: str
+    cpus: float
+    gpus: float
+    nodes: int
+
+    def describe(self) -> str:
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        return f"Ray cluster {self.address}: {self.nodes} node(s), {self.cpus:g} CPU slots{gpus}"
+
+
+@contextmanager
+def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
+    """Join the cluster at `address` (or the one this job was submitted to), or start a local one for `workers`.
+
+    A local cluster listens on loopback, gets as many logical CPUs as the workers and the data pipeline want, and ends
+    with the block. A cluster that was there before is left as it was.
+
+    Raises:
+        UserError: no cluster answers at the address, or the machine is too small for so many workers.
+    """
+    if ray.is_initialized():  # a job that runs several stages connects once
+        yield _describe()
+        return
+    submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if address is None and not submitted:
+        _start_local(workers)
+    else:
+        _join(address)
+    try:
+        yield _describe()
+    finally:
+        ray.shutdown()
+
+
+def _start_local(workers: int) -> None:
+    cores = os.cpu_count() or 1
+    most = _LOCAL_WORKERS_PER_CORE * cores
+    if workers > most:
+        raise UserError(
+            f"{workers} workers are more than this machine of {cores} cores can hold ({most}); "
+            "ask for fewer, or join a larger cluster with --address"
+        )
+    # Ray 2.60 turns token auth on for local clusters only, which then locks out its own dashboard clients. This one
+    # is on loopback and ends with us.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=workers + _CPUS_FOR_DATA,
+        include_dashboard=False,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _join(address: str | None) -> None:
+    # Code travels with the job: to a cluster on other machines it is uploaded, unless `ray job submit` has done so.
+    runtime_env = {} if address is None else {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS", "auto")
+        raise UserError(f"no Ray cluster answers at {where} ({str(error).splitlines()[0]}); check --address") from error
+
+
+def _describe() -> Cluster:
+    resources = ray.cluster_resources()
+    return Cluster(
+        address=ray.get_runtime_context().gcs_address,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        nodes=len([node for node in ray.nodes() if node["Alive"]]),
+    )
+
+
+def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -> None:
+    """Refuse a number of workers that the cluster can never hold.
+
+    Raises:
+        UserError: each resource that falls short, unless an autoscaler may still bring it.
+    """
+    if _has_autoscaler():
+        return
+    have = {"CPU": cluster.cpus, "GPU": cluster.gpus}
+    short = [f"{workers * need:g} {name}, it has {have[name]:g}" for name, need in per_worker.items()
+             if workers * need > have[name]]
+    if short:
+        raise UserError(f"{workers} workers need {' and '.join(short)} ({cluster.describe()}); ask for fewer --workers")
+
+
+def _has_autoscaler() -> bool:
+    """Whether the cluster may grow. Ray publishes the autoscaler's status in its key-value store, and nowhere else."""
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
+
+    return bool(_internal_kv_initialized() and _internal_kv_get(b"__autoscaling_config"))

@@ -1,0 +1,158 @@
+"""One unit → its rows, and the global row sequence; no Ray here.
+
+A row is int32 [T+1]. A token that is input only, never a target (prompts, tool outputs, padding), is stored as its
+complement `~id`, which is negative; so one array carries tokens and loss mask. `to_inputs_and_targets` undoes it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from nanochat_ray.chat import render
+from nanochat_ray.data.corpus import Unit, read_unit
+from nanochat_ray.errors import UserError
+from nanochat_ray.stream.chat_packing import pack_chats
+from nanochat_ray.stream.cursor import RowId
+from nanochat_ray.stream.order import epoch_order, row_order
+from nanochat_ray.stream.packing import pack
+from nanochat_ray.tasks.mixture import read_conversations
+from nanochat_ray.tokenizer import Tokenizer
+
+IGNORED_TARGET = -1
+MAX_COUNTED_UNITS = 64
+NO_ROWS = "the corpus is too small: not one of its units fills a training row; give more text or a smaller preset"
+
+
+class RowSource(Protocol):
+    """How a unit becomes rows: a pure function, picklable, the same on every machine."""
+
+    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [N, T+1] tokens (complemented where not a target) and int32 [N] tokens cropped at each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class PretrainingRows:
+    """Documents, each behind a BOS, packed without padding; every token is a target."""
+
+    tokenizer: Tokenizer
+    sequence_len: int
+
+    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        bos = self.tokenizer.bos
+        encoded = self.tokenizer.encode_batch(read_unit(unit))
+        packed = pack([np.array([bos, *ids], dtype=np.int32) for ids in encoded], self.sequence_len)
+        return packed.tokens_NT, packed.cropped_N
+
+
+@dataclass(frozen=True)
+class ChatRows:
+    """Conversations, packed whole, padded; only what the assistant says is a target."""
+
+    tokenizer: Tokenizer
+    sequence_len: int
+
+    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        rendered = [render(self.tokenizer, conversation) for conversation in read_conversations(unit)]
+        packed = pack_chats(rendered, self.sequence_len, pad_id=self.tokenizer.bos)
+        return np.where(packed.mask_NT == 1, packed.tokens_NT, ~packed.tokens_NT), packed.cropped_N
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """m consecutive rows.
+
+    row_ids_M3: int64 [m, 3], the RowId of each.
+    tokens_MT: int32 [m, T+1], complemented where not a target.
+    cropped_M: int32 [m].
+    """
+
+    row_ids_M3: np.ndarray
+    tokens_MT: np.ndarray
+    cropped_M: np.ndarray
+
+    @property
+    def first_row(self) -> RowId:
+        return RowId(*map(int, self.row_ids_M3[0]))
+
+    @property
+    def last_row(self) -> RowId:
+        return RowId(*map(int, self.row_ids_M3[-1]))
+
+    def digest(self) -> int:
+        """Signed 64-bit hash of ids and tokens."""
+        hasher = hashlib.blake2b(digest_size=8)
+        hasher.update(np.ascontiguousarray(self.row_ids_M3, dtype="<i8"))
+        hasher.update(np.ascontiguousarray(self.tokens_MT, dtype="<i4"))
+        return int.from_bytes(hasher.digest(), "little", signed=True)
+
+
+def to_inputs_and_targets(tokens_MT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows → int64 inputs [m, T] and targets [m, T], where IGNORED_TARGET is not to be predicted."""
+    tokens_MT = tokens_MT.astype(np.int64)
+    is_target = tokens_MT >= 0
+    inputs_MT = np.where(is_target, tokens_MT, ~tokens_MT)[:, :-1]
+    targets_MT = np.where(is_target, tokens_MT, IGNORED_TARGET)[:, 1:]
+    return inputs_MT, targets_MT
+
+
+def stream_hash(digests: Iterable[int]) -> str:
+    """The hash of a step, from the digests of its micro-batches in order; independent of who computed them."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for digest in digests:
+        hasher.update(digest.to_bytes(8, "little", signed=True))
+    return hasher.hexdigest()
+
+
+def unit_columns(
+    source: RowSource, units: Sequence[Unit], epoch: int, position: int, skip: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The rows of the unit at a position of an epoch, from row `skip` on, as columns `row_id`, `tokens`, `cropped`."""
+    unit = int(epoch_order(len(units), epoch, seed)[position])
+    tokens_NT, cropped_N = source.rows(units[unit])
+    order = row_order(len(tokens_NT), epoch, unit, seed)[skip:]
+    row_ids = np.empty((len(order), 3), dtype=np.int64)
+    row_ids[:, 0], row_ids[:, 1], row_ids[:, 2] = epoch, position, np.arange(skip, skip + len(order))
+    return {"row_id": row_ids, "tokens": tokens_NT[order], "cropped": cropped_N[order]}
+
+
+def visits_from(units: int, start: RowId) -> Iterator[tuple[int, int, int]]:
+    """(epoch, position, rows to skip) of every unit visit from `start` on, without end."""
+    epoch, position, skip = start.epoch, start.position, start.row
+    while True:
+        yield epoch, position, skip
+        skip = 0
+        epoch, position = (epoch, position + 1) if position + 1 < units else (epoch + 1, 0)
+
+
+def micro_batches(
+    source: RowSource, units: Sequence[Unit], micro_batch_rows: int, start: RowId, seed: int
+) -> Iterator[MicroBatch]:
+    """The micro-batches from `start` on, one after the other in this process: what every other reading must equal.
+
+    Raises:
+        UserError: a whole epoch holds not one row.
+    """
+    pending: dict[str, np.ndarray] | None = None
+    visits_without_rows = 0
+    for epoch, position, skip in visits_from(len(units), start):
+        columns = unit_columns(source, units, epoch, position, skip, seed)
+        visits_without_rows = 0 if len(columns["tokens"]) else visits_without_rows + 1
+        if visits_without_rows > 2 * len(units):  # two epochs' orders may put all the empty units side by side
+            raise UserError(NO_ROWS)
+        if pending is not None:
+            columns = {name: np.concatenate([pending[name], columns[name]]) for name in columns}
+        whole = len(columns["tokens"]) // micro_batch_rows * micro_batch_rows
+        for begin in range(0, whole, micro_batch_rows):
+            rows = slice(begin, begin + micro_batch_rows)
+            yield MicroBatch(columns["row_id"][rows], columns["tokens"][rows], columns["cropped"][rows])
+        pending = {name: column[whole:] for name, column in columns.items()}
+
+
+def count_rows(source: RowSource, units: Sequence[Unit]) -> int:
+    """Rows of one epoch: exact for few units, from an even sample of them for many."""
+    sampled = units[:: -(-len(units) // MAX_COUNTED_UNITS)]
+    return sum(len(source.rows(unit)[0]) for unit in sampled) * len(units) // len(sampled)

@@ -1,0 +1,72 @@
+"""The training loop: steps, evaluations, checkpoints, in that order. Plain torch; what it needs done it is given."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from nanochat_ray.model.optim import MuonAdamW
+from nanochat_ray.stream.rows import MicroBatch
+from nanochat_ray.train.checkpoint import TrainState
+from nanochat_ray.train.step import StepResult, SummedLoss, World, run_step
+
+CHECKPOINT_REQUEST = 1
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When to look at the model and when to save it."""
+
+    eval_every_steps: int
+    checkpoint_every_s: float
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop cannot do itself. Every worker calls each of them at the same steps."""
+
+    evaluate: Callable[[int], float]  # step → validation bits per byte
+    save: Callable[[TrainState], None]
+    on_step: Callable[[StepResult, TrainState, float], None]  # result, state after it, seconds
+
+
+def train(
+    state: TrainState,
+    summed_loss: SummedLoss,
+    optimizer: MuonAdamW,
+    micro_batches: Iterator[MicroBatch],
+    world: World,
+    cadence: Cadence,
+    hooks: Hooks,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainState:
+    """Train from where `state` stands to the plan's last step; returns the final state, which has been saved.
+
+    Raises:
+        UserError, RuntimeError: as `run_step`; the last checkpoint stands.
+        StopIteration: never; the stream ending early is an error of the caller's iterator.
+    """
+    plan, first_step = state.plan, state.cursor.step
+    if first_step == 0:
+        state = _evaluated(state, hooks)
+    saved_at = clock()
+    while state.cursor.step < plan.steps:
+        began = clock()
+        due = world.rank == 0 and began - saved_at >= cadence.checkpoint_every_s
+        request = CHECKPOINT_REQUEST if due else 0
+        result = run_step(plan, summed_loss, optimizer, state.cursor, first_step, micro_batches, world, request)
+        state = replace(state, cursor=state.cursor.advanced(result.last_row, plan.batch_tokens))
+        hooks.on_step(result, state, clock() - began)
+
+        is_last = state.cursor.step == plan.steps
+        if is_last or state.cursor.step % cadence.eval_every_steps == 0:
+            state = _evaluated(state, hooks)
+        if is_last or result.request == CHECKPOINT_REQUEST:
+            hooks.save(state)
+            saved_at = clock()
+    return state
+
+
+def _evaluated(state: TrainState, hooks: Hooks) -> TrainState:
+    bpb = hooks.evaluate(state.cursor.step)
+    best = bpb if state.best_val_bpb is None else min(bpb, state.best_val_bpb)
+    return replace(state, best_val_bpb=best)

@@ -1,0 +1,112 @@
+"""The live line of a training run, drawn by the driver from the events that worker 0 writes."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nanochat_ray.storage import Folder
+from nanochat_ray.train.events import EVENTS
+
+_POLL_S = {"local": 0.5, "remote": 5.0}
+_PLAIN_LINE_EVERY_S = 10.0  # where the output is a log and not a terminal
+
+
+@contextmanager
+def live_progress(stage: Folder, total_steps: int) -> Iterator[None]:
+    """Show one line that follows the stage's events while the block runs."""
+    stop = threading.Event()
+    line = ProgressLine(total_steps)
+    thread = threading.Thread(target=_follow, args=(stage, line, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        line.finish()
+
+
+class ProgressLine:
+    """Turns events into a line; on a terminal it is redrawn in place, elsewhere printed every few seconds."""
+
+    def __init__(self, total_steps: int, terminal: bool | None = None):
+        self._total = total_steps
+        self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._val_bpb: float | None = None
+        self._step_seconds: float | None = None  # moving average
+        self._printed_at = 0.0
+        self._open = False
+
+    def show(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "start":
+            again = f"; continuing at step {event['step']}" if event["step"] else ""
+            self._print(f"{event['workers']} worker(s), {event['dtype']}, {event['mode']}{again}")
+        elif kind == "eval":
+            self._val_bpb = event["val_bpb"]
+        elif kind == "step":
+            mean = self._step_seconds
+            self._step_seconds = event["seconds"] if mean is None else 0.9 * mean + 0.1 * event["seconds"]
+            self._draw(self.text(event), last=event["step"] + 1 == self._total)
+
+    def text(self, event: dict[str, Any]) -> str:
+        left = (self._total - event["step"] - 1) * (self._step_seconds or 0.0)
+        parts = [
+            f"step {event['step'] + 1:>{len(str(self._total))}}/{self._total}",
+            f"loss {event['loss']:.4f}",
+            f"bpb {self._val_bpb:.4f}" if self._val_bpb is not None else "bpb -",
+            f"{event['tok_per_s']:,.0f} tok/s",
+            f"mfu {event['mfu']:.0%}",
+            f"workers {event['workers']}",
+            f"waiting for data {event['data_wait_s'] / event['seconds']:.0%}",
+            f"eta {int(left) // 60}m{int(left) % 60:02d}s",
+        ]
+        return " | ".join(parts)
+
+    def finish(self) -> None:
+        if self._open:
+            print(flush=True)
+            self._open = False
+
+    def _draw(self, text: str, last: bool) -> None:
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+            self._open = True
+        elif last or time.monotonic() - self._printed_at >= _PLAIN_LINE_EVERY_S:
+            self._printed_at = time.monotonic()
+            print(text, flush=True)
+
+    def _print(self, text: str) -> None:
+        self.finish()
+        print(text, flush=True)
+
+
+def _follow(stage: Folder, line: ProgressLine, stop: threading.Event) -> None:
+    began, offset = time.time(), 0
+    poll_s = _POLL_S["local" if stage.is_local else "remote"]
+    stopping = False
+    while not stopping:
+        stopping = stop.wait(poll_s)  # one more look after the end, for the last events
+        text, offset = _read_from(stage, offset)
+        for event in map(json.loads, text.splitlines()):
+            if event["time"] >= began:
+                line.show(event)
+
+
+def _read_from(stage: Folder, offset: int) -> tuple[str, int]:
+    """The complete lines after `offset`, and where they end. A file that became shorter was rewritten: from its start."""
+    filesystem, path = (stage / EVENTS).open()
+    try:
+        with filesystem.open_input_file(path) as file:
+            if file.size() < offset:
+                offset = 0
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return "", 0
+    data = data[: data.rfind(b"\n") + 1]
+    return data.decode(), offset + len(data)

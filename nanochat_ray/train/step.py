@@ -1,0 +1,138 @@
+"""One optimizer step: forward and backward over this worker's micro-batches, agreement with the others, update.
+
+Workers agree through one all-reduce of a table of integers in which each micro-batch's line is written by the worker
+that ran it and zero elsewhere: row ids, digest, loss bits, target count. So every worker sees the same losses in the
+same order, bit for bit, whatever the world size; and any break in the row sequence is noticed at the step it happens.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanochat_ray.errors import UserError
+from nanochat_ray.model.optim import MuonAdamW
+from nanochat_ray.plan import Plan, lr_multiplier, muon_momentum, weight_decay
+from nanochat_ray.stream.cursor import Cursor, RowId
+from nanochat_ray.stream.order import micro_batches_of
+from nanochat_ray.stream.rows import IGNORED_TARGET, MicroBatch, stream_hash, to_inputs_and_targets
+
+# (inputs int64 [m, T], targets int64 [m, T]) → summed loss in nats, a scalar that can be differentiated
+SummedLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_FIRST, _LAST, _DIGEST, _LOSS_BITS, _TARGETS, _CROPPED, _COLUMNS = slice(0, 3), slice(3, 6), 6, 7, 8, 9, 10
+
+
+@dataclass(frozen=True)
+class World:
+    """The workers of this moment. With one worker nothing is communicated."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, table: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all workers."""
+        if self.size == 1:
+            return table
+        on_device = table.to(self.device)
+        dist.all_reduce(on_device)
+        return on_device.to(table.device)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; equal on every worker but for the seconds."""
+
+    step: int
+    loss: float  # mean nats per target token of the global batch
+    targets: int
+    stream_hash: str
+    cropped_tokens: int
+    last_row: RowId
+    request: int  # the sum of what the workers passed as `request`
+    data_wait_s: float  # this worker's wait for its micro-batches
+
+
+def run_step(
+    plan: Plan,
+    summed_loss: SummedLoss,
+    optimizer: MuonAdamW,
+    cursor: Cursor,
+    first_step: int,
+    micro_batches: Iterator[MicroBatch],
+    world: World,
+    request: int = 0,
+) -> StepResult:
+    """Train on the global batch of `cursor.step`.
+
+    Args:
+        first_step: the step at which the stream behind `micro_batches` began.
+        micro_batches: this worker's, in order.
+        request: a small number that every worker gets to see summed (worker 0 asks for a checkpoint this way).
+
+    Raises:
+        UserError: the loss is not finite; the weights are as before the step.
+        RuntimeError: a micro-batch does not follow the one before it (a bug in the data pipeline).
+    """
+    table = torch.zeros(plan.micro_batches + 1, _COLUMNS, dtype=torch.int64)
+    table[-1, 0] = request
+    waited = 0.0
+    for index in micro_batches_of(cursor.step, plan.micro_batches, first_step, world.rank, world.size):
+        began = time.perf_counter()
+        micro_batch = next(micro_batches)
+        waited += time.perf_counter() - began
+        inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
+        loss = summed_loss(inputs_BT.to(world.device), targets_BT.to(world.device))
+        loss.backward()
+        line = table[index - cursor.step * plan.micro_batches]
+        line[_FIRST] = torch.from_numpy(micro_batch.row_ids_M3[0])
+        line[_LAST] = torch.from_numpy(micro_batch.row_ids_M3[-1])
+        line[_DIGEST] = micro_batch.digest()
+        line[_LOSS_BITS] = loss.detach().double().cpu().view(torch.int64)
+        line[_TARGETS] = (targets_BT != IGNORED_TARGET).sum()
+        line[_CROPPED] = int(micro_batch.cropped_M.sum())
+
+    table = world.sum(table)
+    lines = table[:-1]
+    last_row = _check_sequence(cursor, lines)
+    losses, targets = lines[:, _LOSS_BITS].view(torch.float64), int(lines[:, _TARGETS].sum())
+    loss_sum = math.fsum(losses.tolist())
+    if not math.isfinite(loss_sum):
+        bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
+        raise UserError(
+            f"the loss of step {cursor.step} is not finite (micro-batches {bad} of {plan.micro_batches}); the weights "
+            f"were not updated. Look at its text with `python -m jobs.data --show-step {cursor.step}`, or lower the rates"
+        )
+    optimizer.step(
+        lr_multiplier=lr_multiplier(plan, cursor.step),
+        momentum=muon_momentum(plan, cursor.step),
+        weight_decay=weight_decay(plan, cursor.step),
+        grad_scale=1.0 / max(targets, 1),
+    )
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        step=cursor.step,
+        loss=loss_sum / max(targets, 1),
+        targets=targets,
+        stream_hash=stream_hash(lines[:, _DIGEST].tolist()),
+        cropped_tokens=int(lines[:, _CROPPED].sum()),
+        last_row=last_row,
+        request=int(table[-1, 0]),
+        data_wait_s=waited,
+    )
+
+
+def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:
+    """The last row of the step, after checking that its micro-batches follow the cursor and each other without a gap."""
+    expected = cursor.next_row
+    for line in lines:
+        first, last = RowId(*line[_FIRST].tolist()), RowId(*line[_LAST].tolist())
+        next_unit = first.row == 0 and (first.epoch, first.position) > (expected.epoch, expected.position)
+        if first != expected and not next_unit:
+            raise RuntimeError(f"stream out of order at step {cursor.step}: expected {expected}, got {first}")
+        expected = last.next()
+    return last

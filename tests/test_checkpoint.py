@@ -1,0 +1,104 @@
+"""Checkpoints appear whole, verify themselves, and fall back when damaged."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanochat_ray.errors import UserError
+from nanochat_ray.plan import make_plan
+from nanochat_ray.storage import Folder
+from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
+from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model, load_model
+
+PLAN = make_plan(depth=2, vocab_size=300, head_size=64, sequence_len=64, batch_tokens=1024, micro_batch_rows=4, steps=9)
+IDENTITY = StreamIdentity("c", "t", 64, 4, 4, 42)
+
+
+def state_at(step):
+    return TrainState(PLAN, Cursor(IDENTITY, step, step * 1024, RowId(0, step, 3)), best_val_bpb=1.5)
+
+
+def some_tensors(value):
+    return {"a": torch.full((3, 2), float(value)), "b.exp_avg": torch.arange(4.0)}
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Folder.at(tmp_path / "base")
+
+
+def test_what_was_saved_is_loaded(stage):
+    checkpoints = Checkpoints.of(stage)
+    size = checkpoints.save(state_at(3), some_tensors(1), some_tensors(2))
+    assert size > 0
+    assert checkpoints.newest_valid(pytest.fail) == 3
+    assert checkpoints.state(3) == state_at(3)
+    assert torch.equal(checkpoints.model(3)["a"], some_tensors(1)["a"])
+    assert torch.equal(checkpoints.optimizer(3)["a"], some_tensors(2)["a"])
+
+
+def test_a_folder_without_manifest_is_not_a_checkpoint(stage):
+    checkpoints = Checkpoints.of(stage)
+    checkpoints.save(state_at(3), some_tensors(1), some_tensors(2))
+    checkpoints.save(state_at(6), some_tensors(1), some_tensors(2))
+    (stage / "checkpoints" / "step_000006").delete("manifest.json")
+    assert checkpoints.steps() == [3]
+    assert checkpoints.newest_valid(pytest.fail) == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(stage, file, damage):
+    checkpoints = Checkpoints.of(stage)
+    for step in (3, 6):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+    place = stage / "checkpoints" / "step_000006"
+    data = place.read(file)
+    if damage == "delete":
+        place.delete(file)
+    else:
+        place.write(file, data[:-9] if damage == "truncate" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    warnings = []
+    assert checkpoints.newest_valid(warnings.append) == 3
+    if (file, damage) != ("manifest.json", "delete"):  # that one looks like a write that never finished
+        assert len(warnings) == 1
+        assert "step_000006" in warnings[0]
+
+
+def test_only_the_newest_are_kept(stage):
+    checkpoints = Checkpoints.of(stage)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+    (stage / "checkpoints" / "step_000002").delete("manifest.json")  # left by a writer that was killed
+    checkpoints.prune(keep=2)
+    assert (stage / "checkpoints").list() == ["step_000003", "step_000004"]
+
+
+def test_saving_over_an_unfinished_attempt_leaves_nothing_of_it(stage):
+    place = stage / "checkpoints" / "step_000003"
+    place.write("leftover.safetensors", b"half")
+    checkpoints = Checkpoints.of(stage)
+    checkpoints.save(state_at(3), some_tensors(1), some_tensors(2))
+    assert "leftover.safetensors" not in place.list()
+
+
+def test_a_model_is_loaded_for_inference_with_its_plan(stage):
+    model = build_model(PLAN)
+    Checkpoints.of(stage).save(state_at(9), model.state_dict(), some_tensors(0))
+    loaded, plan, step = load_model(stage, torch.device("cpu"), torch.float32)
+    assert (plan, step) == (PLAN, 9)
+    ids_BT = torch.arange(12).view(1, 12)
+    assert torch.equal(loaded(ids_BT), model(ids_BT))
+
+
+def test_a_stage_without_a_model_says_what_to_run(stage):
+    with pytest.raises(UserError, match="no trained model in .*base.*run the stage"):
+        load_model(stage, torch.device("cpu"), torch.float32)
+
+
+def test_another_schema_is_refused(stage):
+    value = {**state_at(1).to_dict(), "schema": 99}
+    with pytest.raises(UserError, match="schema 99"):
+        TrainState.from_dict(value)
+    assert dataclasses.is_dataclass(TrainState.from_dict(state_at(1).to_dict()))

@@ -1,0 +1,102 @@
+"""Events: one object per step whatever happened, and a live line made from them."""
+
+import json
+
+import pytest
+
+from nanochat_ray.storage import Folder
+from nanochat_ray.train.events import EventLog, read_events
+from nanochat_ray.train.progress import ProgressLine, live_progress
+
+
+def step_event(step, **fields):
+    numbers = {"loss": 3.25, "lr": 0.5, "tok_per_s": 5123.4, "workers": 2, "data_wait_s": 0.0, "seconds": 1.5, "mfu": 0.41}
+    return {"step": step, "tokens": (step + 1) * 100, "stream_hash": "ab", **numbers, **fields}
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Folder.at(tmp_path / "base")
+
+
+def write_steps(stage, resume_step, steps):
+    log = EventLog(stage, resume_step)
+    log.append("start", step=resume_step, workers=2, dtype="bf16", mode="eager")
+    for step in steps:
+        log.append("step", **step_event(step))
+    log.append("eval", step=steps[-1] + 1, val_bpb=1.75)
+    log.close()
+
+
+def test_appended_events_are_read_back_in_order(stage):
+    write_steps(stage, 0, [0, 1, 2])
+    events = read_events(stage)
+    assert [event["kind"] for event in events] == ["start", "step", "step", "step", "eval"]
+    assert events[1]["loss"] == 3.25
+    assert all("time" in event for event in events)
+
+
+def test_steps_that_will_be_done_again_are_dropped_on_resume(stage):
+    write_steps(stage, 0, [0, 1, 2, 3, 4])
+    write_steps(stage, 3, [3, 4, 5])
+    events = read_events(stage)
+    assert [event["step"] for event in events if event["kind"] == "step"] == [0, 1, 2, 3, 4, 5]
+    assert [event["step"] for event in events if event["kind"] == "eval"] == [6]
+    assert sum(event["kind"] == "start" for event in events) == 2
+
+
+def test_a_line_that_a_killed_writer_left_unfinished_is_no_event(stage):
+    write_steps(stage, 0, [0, 1])
+    stage.write("events.jsonl", stage.read("events.jsonl") + b'{"kind": "step", "st')
+    assert len(read_events(stage)) == 4
+    write_steps(stage, 2, [2])
+    assert all(json.loads(line) for line in stage.read("events.jsonl").splitlines())
+
+
+def test_an_object_store_gets_the_same_events(tmp_path):
+    """`file://` goes the way of every URI: rewritten whole, since object stores cannot append."""
+    stage = Folder.at(f"file://{tmp_path}/base")
+    write_steps(stage, 0, [0, 1, 2])
+    write_steps(stage, 2, [2, 3])
+    assert [event["step"] for event in read_events(stage) if event["kind"] == "step"] == [0, 1, 2, 3]
+    assert any(name.startswith("events.out.tfevents") for name in (stage / "tensorboard").list())
+
+
+def test_curves_reach_tensorboard(stage):
+    write_steps(stage, 0, [0, 1, 2])
+    (name,) = (stage / "tensorboard").list()
+    content = (stage / "tensorboard").read(name)
+    assert b"step/loss" in content
+    assert b"eval/val_bpb" in content
+
+
+def test_the_line_says_where_the_run_stands(capsys):
+    line = ProgressLine(total_steps=150, terminal=False)
+    line.show({"kind": "start", "step": 0, "workers": 2, "dtype": "bf16", "mode": "eager"})
+    line.show({"kind": "eval", "step": 0, "val_bpb": 1.75})
+    line.show({"kind": "step", **step_event(49)})
+    shown = capsys.readouterr().out
+    assert "step  50/150 | loss 3.2500 | bpb 1.7500 | 5,123 tok/s | mfu 41% | workers 2" in shown
+    assert "eta 2m30s" in shown  # 100 steps of 1.5 s
+
+
+def test_on_a_terminal_the_line_is_redrawn_in_place(capsys):
+    line = ProgressLine(total_steps=3, terminal=True)
+    for step in range(3):
+        line.show({"kind": "step", **step_event(step)})
+    line.finish()
+    shown = capsys.readouterr().out
+    assert shown.count("\r") == 3
+    assert shown.endswith("\n")
+    assert shown.count("\n") == 1
+
+
+def test_the_driver_follows_the_events_of_this_attempt_only(stage, capsys):
+    write_steps(stage, 0, [0, 1])
+    before = read_events(stage)
+    stage.write("events.jsonl", "".join(json.dumps({**event, "time": 1.0}) + "\n" for event in before))
+    with live_progress(stage, 4):
+        write_steps(stage, 2, [2, 3])
+    shown = capsys.readouterr().out
+    assert "step 4/4" in shown
+    assert "step 1/4" not in shown
