@@ -7,7 +7,7 @@ Sources without one (free chats) give samples only.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from nanochat_ray.tasks.conversations import Conversation, parts_of, spoken_text
 from nanochat_ray.tasks.gsm8k import final_number
@@ -27,6 +27,9 @@ class Answer:
     answer: str  # tool calls shown as [expression → output]
     right: bool | None
     tool_calls: int
+
+
+FromSource = TypeVar("FromSource", Example, Answer)
 
 
 def same_words(reply: Content, reference: Content) -> bool:
@@ -85,14 +88,14 @@ def ask(generate: Generate, examples: Iterable[Example]) -> list[Answer]:
     return answers
 
 
-def first_of_each(examples: Iterable[Example], per_source: int) -> list[Example]:
-    """At most `per_source` examples of each source, in the order in which they come."""
+def first_of_each(items: Iterable[FromSource], per_source: int) -> list[FromSource]:
+    """At most `per_source` examples or answers of each source, in the order in which they come."""
     taken: dict[str, int] = {}
     chosen = []
-    for example in examples:
-        taken[example.source] = taken.get(example.source, 0) + 1
-        if taken[example.source] <= per_source:
-            chosen.append(example)
+    for item in items:
+        taken[item.source] = taken.get(item.source, 0) + 1
+        if taken[item.source] <= per_source:
+            chosen.append(item)
     return chosen
 
 
