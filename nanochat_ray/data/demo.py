@@ -32,6 +32,7 @@ SHARDS = 8
 ROW_GROUP_DOCUMENTS = 64  # about 0.3 MB of text: a resumed stream re-reads one
 _SHUFFLE_SEED = 1337
 _RECIPE = 1  # raise it when the text of the same versions changes
+_MOST_PROCESSES = 8  # beyond, starting them costs more than they save
 _MANIFEST = "_complete.json"
 
 
@@ -67,7 +68,7 @@ def _shuffled_documents() -> list[str]:
     documents = set(docstrings.pydoc_topics())
     # Not forked: a fork of a process with threads (torch, ray) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, _MOST_PROCESSES), mp_context=context) as pool:
         found = pool.map(docstrings.module_document, sources, chunksize=32)
         for count, document in enumerate(found, start=1):
             if document:

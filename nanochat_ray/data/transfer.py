@@ -182,14 +182,15 @@ def _describe(response: httpx.Response) -> _Description:
     start, size = 0, _number(response.headers.get("content-length"))
     if response.status_code == httpx.codes.PARTIAL_CONTENT and range_found:
         start, size = int(range_found[1]), int(range_found[2])
+    linked_size = _number(headers.get("x-linked-size"))
     # A weak ETag may stand for different bytes, so it does not identify a version; size and date are the next best.
     identity = linked_etag or (etag if not etag.startswith("W/") else "")
     identity = identity or f"{response.headers.get('last-modified', time.time_ns())} {size}"
     return _Description(
         version=hashlib.sha256(identity.encode()).hexdigest()[:12],
         start=start,
-        size=size,
-        linked_size=_number(headers.get("x-linked-size")),
+        size=size if size is not None else linked_size,
+        linked_size=linked_size,
         sha256=linked_etag if re.fullmatch(r"[0-9a-f]{64}", linked_etag) else None,
     )
 
