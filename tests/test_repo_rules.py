@@ -154,7 +154,7 @@ def test_every_job_answers_help_at_once_without_torch_or_ray():
     code = (
         "import runpy, sys; name = sys.argv[1]; sys.argv = [name, '--help']\n"
         "try: runpy.run_module(name, run_name='__main__')\n"
-        "except SystemExit as end: sys.exit(end.code or ', '.join({'torch', 'ray'} & set(sys.modules)))"
+        "except SystemExit as end: sys.exit(end.code or ', '.join({'torch', 'ray'} & set(sys.modules)) or 0)"
     )
 
     def ask(path: Path) -> tuple[str, subprocess.CompletedProcess[str]]:
