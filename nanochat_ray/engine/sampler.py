@@ -1,0 +1,112 @@
+"""Chooses the next token. Pure: the choice depends on the logits, the parameters and (seed, position), nothing else.
+
+There is no generator that advances from call to call. The one random number a position needs is the first output of
+the counter-based generator Philox keyed by (seed, position), so that a reply can be continued on another machine, in
+another batch, or from its middle, with the same tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanochat_ray.errors import UserError
+
+MAX_STOPS = 4
+MAX_STOP_CHARS = 64
+_MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a reply is sampled and where it ends.
+
+    temperature   0 is greedy; 1 is the model's own distribution
+    top_k         keep the k most likely tokens; None keeps all
+    top_p         of those, keep the fewest that hold this much probability
+    seed          any 64-bit integer
+    max_tokens    upper bound on the reply's tokens, tool calls and their results included
+    stop          the reply ends before the first of these strings
+
+    Raises:
+        UserError: naming the parameter, its value and its range.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # `not (a <= x <= b)` rather than `x < a or x > b`: NaN fails every comparison.
+        if not 0.0 <= self.temperature <= 10.0:
+            raise UserError(f"temperature is {self.temperature}; it must be between 0 (greedy) and 10")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; it must be 1 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UserError(f"seed is {self.seed}; it must fit in 64 bits")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
+        if len(self.stop) > MAX_STOPS:
+            raise UserError(f"stop has {len(self.stop)} strings; at most {MAX_STOPS} are allowed")
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise UserError(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
+
+
+def sample(logits_V: Any, params: SamplingParams, position: int) -> int:
+    """The token id at `position` (its index in the whole sequence, prompt included).
+
+    Args:
+        logits_V: float array-like of one position's logits; −inf excludes a token.
+
+    Raises:
+        UserError: the logits are NaN, all −inf or +inf, which a healthy checkpoint never gives.
+    """
+    z_V = np.asarray(logits_V, dtype=np.float64)
+    best = int(np.argmax(z_V))  # the first NaN, if there is one; ties go to the lowest id
+    if not math.isfinite(z_V[best]):
+        raise UserError(f"the model's logits at position {position} are not finite; its checkpoint is damaged")
+    if params.temperature == 0.0:
+        return best
+    ids = _top_k(z_V, params.top_k)
+    p = np.exp((z_V[ids] - z_V[best]) / params.temperature)
+    if params.top_p < 1.0:
+        ids, p = _top_p(ids, p, params.top_p)
+    cumulative = np.cumsum(p)
+    # Clamped because u * total may round up to the total.
+    chosen = np.searchsorted(cumulative, uniform(params.seed, position) * cumulative[-1], side="right")
+    return int(ids[min(int(chosen), _last_positive(p))])
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that belongs to (seed, position): 53 bits of Philox keyed by the pair."""
+    key = np.array([seed & _MASK_64, position & _MASK_64], dtype=np.uint64)
+    return (int(np.random.Philox(key=key).random_raw()) >> 11) * 2.0**-53
+
+
+def _top_k(z_V: np.ndarray, k: int | None) -> np.ndarray:
+    """Ids of the k largest logits, ascending; among equal logits the lower ids."""
+    if k is None or k >= z_V.size:
+        return np.arange(z_V.size)
+    threshold = np.partition(z_V, z_V.size - k)[z_V.size - k]
+    above = np.flatnonzero(z_V > threshold)
+    level = np.flatnonzero(z_V == threshold)[: k - above.size]
+    return np.sort(np.concatenate([above, level]))
+
+
+def _top_p(ids: np.ndarray, p: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest set of likeliest tokens whose share of the probability reaches top_p; never empty."""
+    order = np.argsort(-p, kind="stable")
+    before = np.cumsum(p[order]) - p[order]  # what the likelier ones already hold
+    kept = np.sort(order[before < top_p * p.sum()])
+    return ids[kept], p[kept]
+
+
+def _last_positive(p: np.ndarray) -> int:
+    return int(np.flatnonzero(p)[-1])

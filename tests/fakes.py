@@ -1,0 +1,125 @@
+"""Stand-ins for tests: a byte-level tokenizer, a tiny random model, and a model that says what a script tells it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from nanochat_ray.engine.calculator import calculate
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.load import ChatModel
+from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.tokenizer import SPECIAL_TOKENS
+
+
+class ByteTokenizer:
+    """One token per byte, then the special tokens; special-looking text is plain bytes, as with the real one."""
+
+    vocab_size = 320  # a multiple of 64; the ids after the special tokens mean nothing
+    bos = 256
+
+    def special(self, name: str) -> int:
+        return 256 + SPECIAL_TOKENS.index(name)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(i for i in ids if i < 256)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+def tiny_model(seed: int = 0, context: int = 128) -> GPT:
+    """Two layers, width 128. Its matrices are drawn wide, so that its distribution is far from flat."""
+    config = GPTConfig(
+        sequence_len=context, vocab_size=320, n_layer=2, n_head=2, n_kv_head=2, n_embd=128, window_pattern="SL"
+    )
+    model = GPT(config)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "c_proj" in name or "lm_head" in name:
+                weight.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+@dataclass
+class ScriptedModel:
+    """Answers a user message that contains a script's key with that script, whatever the sampling parameters.
+
+    Scripts are token ids. Like a real model it is a function of the tokens before: what has been said of the script is
+    read off the sequence, so that it can be continued from anywhere.
+    """
+
+    scripts: dict[str, list[int]]
+    context: int = 4096
+    seconds_per_step: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.config = SimpleNamespace(sequence_len=self.context)
+        self.device = torch.device("cpu")
+        self.steps = 0
+        self._tokenizer = ByteTokenizer()
+
+    def new_cache(self, batch: int, max_len: int) -> list[int]:
+        return []
+
+    def extend(self, ids_BT: torch.Tensor, cache: list[int]) -> torch.Tensor:
+        time.sleep(self.seconds_per_step)
+        self.steps += 1
+        cache += ids_BT[0].tolist()
+        return torch.nn.functional.one_hot(torch.tensor([self._next(cache)]), 320).float() * 1e4
+
+    def _next(self, ids: list[int]) -> int:
+        end, said = self._tokenizer.special("assistant_end"), []
+        if self._tokenizer.special("assistant_start") in ids:
+            start = len(ids) - ids[::-1].index(self._tokenizer.special("assistant_start"))
+            ids, said = ids[:start], ids[start:]
+        user = len(ids) - ids[::-1].index(self._tokenizer.special("user_start"))
+        question = self._tokenizer.decode(ids[user:])
+        script = next((script for key, script in self.scripts.items() if key in question), self.scripts[""])
+        token = script[len(said)] if len(said) < len(script) else end
+        if token == CRASH:
+            raise RuntimeError("the scripted model fails here")
+        return token
+
+
+CRASH = -1  # in a script: the model raises instead of answering
+
+
+def script(*parts: str) -> list[int]:
+    """Ids of a reply: text; `=expression` is a calculator call (its result is forced by the engine, so it is skipped)."""
+    tokenizer, ids = ByteTokenizer(), []
+    for part in parts:
+        if part.startswith("="):
+            ids += [tokenizer.special("python_start"), *part[1:].encode(), tokenizer.special("python_end")]
+            result = calculate(part[1:]).text
+            ids += [tokenizer.special("output_start"), *result.encode(), tokenizer.special("output_end")]
+        else:
+            ids += part.encode()
+    return ids
+
+
+HOSTILE = (
+    "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'> [x](javascript:alert(1)) <|assistant_end|>"
+)
+MARKDOWN = "# Title\n\nSome **bold** and `code`:\n\n```python\nprint('<b>hi</b>')\n```\n\n- one\n- two\n"
+
+
+def load_scripted() -> ChatModel:
+    """The model behind the server in tests; importable, because it is loaded in the replica."""
+    scripts = {
+        "17*23": script("Let me see: ", "=17*23", " It is 391."),
+        "slow": script("tick " * 200),
+        "emoji": script("Grüße 🙂 日本"),
+        "hostile": script(HOSTILE),
+        "markdown": script(MARKDOWN),
+        "crash": [*script("Half a"), CRASH],
+        "": script("Hello from the script."),
+    }
+    return ChatModel(Engine(ScriptedModel(scripts, seconds_per_step=0.02), ByteTokenizer()), "scripted", {"depth": 0})
