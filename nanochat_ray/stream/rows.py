@@ -17,7 +17,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.stream.chat_packing import pack_chats
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.order import epoch_order, row_order
-from nanochat_ray.stream.packing import pack
+from nanochat_ray.stream.packing import pack, passages
 from nanochat_ray.tasks.mixture import read_conversations
 from nanochat_ray.tokenizer import Tokenizer
 
@@ -36,15 +36,15 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class PretrainingRows:
-    """Documents, each behind a BOS, packed without padding; every token is a target."""
+    """Documents in passages of at most a row, each behind a BOS, packed without padding; every token is a target."""
 
     tokenizer: Tokenizer
     sequence_len: int
 
     def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-        bos = self.tokenizer.bos
         encoded = self.tokenizer.encode_batch(read_unit(unit))
-        packed = pack([np.array([bos, *ids], dtype=np.int32) for ids in encoded], self.sequence_len)
+        pieces = [piece for ids in encoded for piece in passages(ids, self.tokenizer.bos, self.sequence_len)]
+        packed = pack(pieces, self.sequence_len)
         return packed.tokens_NT, packed.cropped_N
 
 
