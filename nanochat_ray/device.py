@@ -1,0 +1,126 @@
+"""The device and dtype to compute with, each with the reason for the choice, and how fast this machine is.
+
+Peaks are of dense matrix multiplication: vendors' figures for GPUs with a name we know, measured otherwise.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from nanochat_ray.errors import UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Dense bf16 FLOP/s from the vendors' data sheets (without sparsity). Matched in order against the device's name.
+_BF16_PEAKS = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+_GEMM_SIZE = 2048
+_STREAM_BYTES = 256 * 2**20  # well above any CPU's caches
+
+
+def pick_device(name: str | None = None) -> tuple[torch.device, str]:
+    """The device of that name, or the best there is, and why.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        best = next(kind for kind, here in available.items() if here)
+        return torch.device(best), "no GPU found" if best == "cpu" else f"{best} is available"
+    kind = name.partition(":")[0]
+    if not available.get(kind, False):
+        usable = ", ".join(kind for kind, here in available.items() if here)
+        raise UsageError(f"device {name!r} is not available here; these are: {usable}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is no device name; use for example cpu, cuda or cuda:0") from None
+    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not available here; there are {torch.cuda.device_count()} CUDA devices")
+    return device, "chosen"
+
+
+def pick_dtype(device: torch.device, name: str | None = None) -> tuple[torch.dtype, str]:
+    """The dtype of activations: bf16 where the device multiplies bf16 matrices in hardware, else fp32; and why.
+
+    Raises:
+        UsageError: the name is not one of DTYPES.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[name], "chosen"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= (8, 0):
+            return torch.bfloat16, f"SM {major}.{minor} has bf16 matrix units"
+        return torch.float32, f"SM {major}.{minor} has no bf16 matrix units"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        for feature, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+            if capabilities.get(feature, False):
+                return torch.bfloat16, f"the CPU has {label}"
+        return torch.float32, "the CPU has neither AVX512-BF16 nor AMX"
+    return torch.float32, f"bf16 has not been tried on {device.type}"
+
+
+@functools.cache
+def gemm_peak(device: torch.device, dtype: torch.dtype, threads: int | None = None) -> float:
+    """FLOP/s of dense matrix multiplication: by name for known GPUs in bf16, else the median of a few measured 2048³.
+
+    Args:
+        threads: CPU threads to use; None leaves torch's setting.
+    """
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in _BF16_PEAKS:
+            if part in name:
+                return peak
+    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    return 2 * _GEMM_SIZE**3 / _median_seconds(lambda: torch.mm(a, b), device, threads)
+
+
+@functools.cache
+def memory_bandwidth(device: torch.device, threads: int | None = None) -> float:
+    """Bytes/s read from main memory: the median of a few sums over 256 MiB."""
+    data = torch.ones(_STREAM_BYTES // 8, dtype=torch.int64, device=device)
+    return _STREAM_BYTES / _median_seconds(lambda: data.sum(), device, threads)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, threads: int | None, repeats: int = 5) -> float:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        seconds = []
+        for _ in range(repeats + 1):
+            _synchronize(device)
+            start = time.perf_counter()
+            work()
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return statistics.median(seconds[1:])  # the first one allocates and warms up
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
