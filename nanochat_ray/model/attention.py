@@ -33,9 +33,7 @@ class RotaryTables:
         cos_SP, sin_SP = self._tables
         return cos_SP[:length], sin_SP[:length]
 
-    def _compute(
-        self, length: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         length = 1 << (length - 1).bit_length()  # powers of two: a growing conversation rarely recomputes
         channels = torch.arange(0, self._head_size, 2, dtype=torch.float32, device=device)
         frequencies = ROTARY_BASE ** (-channels / self._head_size)
@@ -50,9 +48,7 @@ def rotate(x_BTHK: torch.Tensor, cos_BTP: torch.Tensor, sin_BTP: torch.Tensor) -
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
-def causal_attention(
-    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int
-) -> torch.Tensor:
+def causal_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
     """Attention of positions 0 … T−1 to themselves, in the inputs' dtype; (B, T, H, K)."""
     if flash_reason(q_BTHK.device, q_BTHK.dtype)[0]:
         return _flash_attention(q_BTHK, k_BTGK, v_BTGK, window)
@@ -70,9 +66,7 @@ def causal_attention(
     return y_BHTK.transpose(1, 2).to(q_BTHK.dtype)
 
 
-def cached_attention(
-    q_BTHK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, window: int
-) -> torch.Tensor:
+def cached_attention(q_BTHK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, window: int) -> torch.Tensor:
     """Attention of the last T of S positions to all of them; reads only the keys some window reaches; (B, T, H, K)."""
     length, keys = q_BTHK.shape[1], k_BGSK.shape[2]
     first = max(0, keys - length - window)
@@ -98,14 +92,10 @@ def _sdpa(
     causal: bool = False,
 ) -> torch.Tensor:
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def _banded_attention(
-    q_BHTK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor, window: int
-) -> torch.Tensor:
+def _banded_attention(q_BHTK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor, window: int) -> torch.Tensor:
     """Blocks of `window` queries see their own block of keys and the one before; nothing else is computed.
 
     Work is T · 2w instead of T². Needs T to be a multiple of the window. The first block has none before it and is
@@ -141,9 +131,7 @@ def flash_reason(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "flash attention (torch.nn.attention.varlen)"
 
 
-def _flash_attention(
-    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int
-) -> torch.Tensor:
+def _flash_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
     """The rows as equally long documents of one packed sequence. Written from its documentation, not run on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
