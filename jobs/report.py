@@ -1,0 +1,31 @@
+"""Write the report card of a run, as Markdown and as one self-contained HTML file, from the artifacts that exist.
+
+python -m jobs.report --run demo
+"""
+
+import argparse
+from typing import Any
+
+from nanochat_ray import cli
+from nanochat_ray.storage import run_folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return cli.build_parser("jobs.report", __doc__, ["run", "storage"])
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    from nanochat_ray.report import build_card
+
+    run = run_folder(args.storage, args.run)
+    figures = build_card(run)
+    files = {"report_html": f"{run}/report/report.html", "report_md": f"{run}/report/report.md"}
+    for file in files.values():
+        print(f"saved {file}")
+    if figures["not_run"]:
+        print(f"not run so far, and so not in it: {', '.join(figures['not_run'])}")
+    return {**figures, "artifacts": files}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main, build_parser()))

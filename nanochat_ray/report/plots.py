@@ -1,0 +1,74 @@
+"""Curves as SVG, drawn with matplotlib on figures of their own (no global state, same input, same bytes)."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+MAX_POINTS = 600  # more cannot be told apart, and would only make the file large
+SMOOTHING = 0.9  # weight of the past in the moving average, at full resolution
+
+_INK, _FAINT, _ACCENT = "#3c434d", "#c3cad3", "#2457a6"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small files, sharp, selectable
+    "svg.hashsalt": "nanochat_ray",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff3",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+def curve(
+    x: Sequence[float], y: Sequence[float], y_label: str, *, x_label: str = "step", smooth: bool = False
+) -> bytes:
+    """A line over steps as SVG; `smooth` draws the values faint under their moving average, else each point shows.
+
+    Long curves are thinned to MAX_POINTS by averaging neighbours. `x` and `y` are of equal length, at least 1.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        if smooth:
+            axes.plot(*thin(x, y), color=_FAINT, linewidth=1)
+            axes.plot(*thin(x, moving_average(y)), color=_ACCENT, linewidth=1.6)
+        else:
+            axes.plot(x, y, color=_ACCENT, linewidth=1.6, marker="o", markersize=3.5)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.margins(x=0.01)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return picture.getvalue()
+
+
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MAX_POINTS points, each the mean of a run of neighbours."""
+    size = -(-len(x) // MAX_POINTS)
+    starts = range(0, len(x), size)
+    return tuple([sum(v[i : i + size]) / len(v[i : i + size]) for i in starts] for v in (x, y))  # type: ignore[return-value]
