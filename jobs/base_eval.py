@@ -1,6 +1,6 @@
 """Evaluate a run's base model: bits per byte on training and validation text, and continuations of held-out openings.
 
-    python -m jobs.base_eval --run d20 --corpus fineweb-edu
+python -m jobs.base_eval --run d20 --corpus fineweb-edu
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Pretrain the base model of a run on its corpus. Run the same command again to continue.
 
-    python -m jobs.pretrain --run d20 --depth 20 --corpus fineweb-edu --workers 2:16
+python -m jobs.pretrain --run d20 --depth 20 --corpus fineweb-edu --workers 2:16
 """
 
 import argparse

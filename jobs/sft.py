@@ -1,6 +1,6 @@
 """Finetune a run's base model on conversations. Run the same command again to continue.
 
-    python -m jobs.sft --run d20 --sft hub --workers 2:16
+python -m jobs.sft --run d20 --sft hub --workers 2:16
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"no base model in {base}: run `python -m jobs.pretrain --run {args.run}` first")
     base_plan = Checkpoints.of(base).state(base_step).plan
     if base_step < base_plan.steps:
-        raise UserError(f"{base} stands at step {base_step} of {base_plan.steps}: finish `python -m jobs.pretrain` first")
+        raise UserError(
+            f"{base} stands at step {base_step} of {base_plan.steps}: finish `python -m jobs.pretrain` first"
+        )
 
     if args.fresh and not args.plan_only:
         stage.delete()

@@ -1,7 +1,7 @@
 """The whole pipeline, from raw text to the chat page: every stage in turn, finished ones skipped, a report card at the end.
 
-    python -m jobs.speedrun --preset tiny --serve
-    python -m jobs.speedrun --depth 20 --corpus fineweb-edu --sft hub --run d20 --workers 2:16
+python -m jobs.speedrun --preset tiny --serve
+python -m jobs.speedrun --depth 20 --corpus fineweb-edu --sft hub --run d20 --workers 2:16
 """
 
 import argparse
@@ -35,20 +35,25 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     run.require_writable()
     if args.fresh:
         run.delete()
+    if args.serve:
+        from nanochat_ray.serve.app import require_free_port, serve_until_interrupted
+
+        require_free_port(args.port)
     figures: dict[str, Any] = {}
     began = time.monotonic()
     with connect(args.address, cli.parse_workers(args.workers)[1]):
         for number, stage in enumerate(STAGES, 1):
-            print(f"\n━━ {number}/{len(STAGES)} {stage} ━━ python -m jobs.{stage} {' '.join(_argv(stage, args))}", flush=True)
+            print(
+                f"\n━━ {number}/{len(STAGES)} {stage} ━━ python -m jobs.{stage} {' '.join(_argv(stage, args))}",
+                flush=True,
+            )
             stage_began = time.monotonic()
             figures[stage] = _stage_job(stage, args)
             _note_time(run, stage, time.monotonic() - stage_began, figures[stage])
     seconds = time.monotonic() - began
     print(f"\nfrom raw text to report card in {seconds / 60:.1f} minutes: {run / 'report' / 'report.html'}", flush=True)
     if args.serve:
-        from nanochat_ray.serve.app import serve_until_interrupted
-
-        serve_until_interrupted(args.storage, args.run, "sft", args.port, as_json=args.json)
+        serve_until_interrupted(args.storage, args.run, "sft", args.port, args.address)
     return {"seconds": seconds, "stages": figures, "artifacts": {"run": str(run), "report": str(run / "report")}}
 
 
@@ -74,7 +79,9 @@ def _argv(stage: str, args: argparse.Namespace) -> list[str]:
 def _note_time(run: Folder, stage: str, seconds: float, figures: dict[str, Any]) -> None:
     """Keep `report/stages.json` up to date; a stage that had nothing to do keeps the time it once took."""
     report = run / "report"
-    entries = {entry["stage"]: entry for entry in (report.read_json("stages.json") if report.exists("stages.json") else [])}
+    entries = {
+        entry["stage"]: entry for entry in (report.read_json("stages.json") if report.exists("stages.json") else [])
+    }
     if not (figures.get("unchanged") and stage in entries):
         entries[stage] = {"stage": stage, "seconds": round(seconds, 1), "status": "done"}
     report.write("stages.json", json.dumps([entries[name] for name in STAGES if name in entries], indent=2))

@@ -1,8 +1,8 @@
 """What every job has in common: flags that are named alike, exit codes, one-line errors, `--json`.
 
-    def main(args) -> dict: ...                       # returns the figures and artifacts worth reporting
-    if __name__ == "__main__":
-        raise SystemExit(cli.run(main, build_parser()))
+def main(args) -> dict: ...                       # returns the figures and artifacts worth reporting
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main, build_parser()))
 """
 
 import argparse
@@ -36,8 +36,12 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "address": dict(default=None, help="Ray cluster to join (default: start a local one)"),
     "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
     "fresh": dict(action="store_true", help="discard what this stage of the run has done and start anew"),
-    "dtype": dict(default=None, choices=["fp32", "bf16"], help="activations (default: what the hardware multiplies best)"),
-    "compile": dict(default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"),
+    "dtype": dict(
+        default=None, choices=["fp32", "bf16"], help="activations (default: what the hardware multiplies best)"
+    ),
+    "compile": dict(
+        default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"
+    ),
     "eval-every": dict(type=int, default=None, help="optimizer steps between evaluations (default: five per run)"),
     "eval-tokens": dict(type=int, default=None, help="validation tokens of one evaluation (default: 5 %% of training)"),
     "checkpoint-every": dict(type=float, default=60.0, help="seconds between checkpoints"),

@@ -89,7 +89,9 @@ def _start_local(workers: int) -> None:
 
 def _join(address: str | None) -> None:
     # Code travels with the job: to a cluster on other machines it is uploaded, unless `ray job submit` has done so.
-    runtime_env = {} if address is None else {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
+    runtime_env = (
+        {} if address is None else {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
+    )
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -116,8 +118,11 @@ def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -
     if _has_autoscaler():
         return
     have = {"CPU": cluster.cpus, "GPU": cluster.gpus}
-    short = [f"{workers * need:g} {name}, it has {have[name]:g}" for name, need in per_worker.items()
-             if workers * need > have[name]]
+    short = [
+        f"{workers * need:g} {name}, it has {have[name]:g}"
+        for name, need in per_worker.items()
+        if workers * need > have[name]
+    ]
     if short:
         raise UserError(f"{workers} workers need {' and '.join(short)} ({cluster.describe()}); ask for fewer --workers")
 

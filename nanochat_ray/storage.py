@@ -130,7 +130,9 @@ class Folder:
         try:
             return json.loads(self.read(name))
         except ValueError as error:
-            raise UserError(f"{self.uri}/{name} is not valid JSON ({error}); delete it and run its stage again") from error
+            raise UserError(
+                f"{self.uri}/{name} is not valid JSON ({error}); delete it and run its stage again"
+            ) from error
 
     def exists(self, name: str = "") -> bool:
         filesystem, path = (self / name if name else self).open()

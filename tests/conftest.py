@@ -20,3 +20,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set NANOCHAT_RAY_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """The one Ray cluster of the session: local, with room for three workers."""
+    from nanochat_ray.cluster import connect
+
+    with connect(None, workers=3) as cluster:
+        yield cluster

@@ -10,7 +10,15 @@ from nanochat_ray.train.progress import ProgressLine, live_progress
 
 
 def step_event(step, **fields):
-    numbers = {"loss": 3.25, "lr": 0.5, "tok_per_s": 5123.4, "workers": 2, "data_wait_s": 0.0, "seconds": 1.5, "mfu": 0.41}
+    numbers = {
+        "loss": 3.25,
+        "lr": 0.5,
+        "tok_per_s": 5123.4,
+        "workers": 2,
+        "data_wait_s": 0.0,
+        "seconds": 1.5,
+        "mfu": 0.41,
+    }
     return {"step": step, "tokens": (step + 1) * 100, "stream_hash": "ab", **numbers, **fields}
 
 

@@ -13,7 +13,9 @@ def scanning_best_fit(lengths, capacity):
     rows, row, space = [], [], capacity
     while remaining:
         fitting = [i for i in remaining if lengths[i] <= space]
-        pick = max(fitting, key=lambda i: (lengths[i], -i)) if fitting else min(remaining, key=lambda i: (lengths[i], i))
+        pick = (
+            max(fitting, key=lambda i: (lengths[i], -i)) if fitting else min(remaining, key=lambda i: (lengths[i], i))
+        )
         remaining.remove(pick)
         row.append(pick)
         space -= lengths[pick]

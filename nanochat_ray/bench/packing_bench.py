@@ -61,7 +61,7 @@ def scan_pack(documents: Sequence[np.ndarray], sequence_len: int) -> list[np.nda
     capacity = sequence_len + 1
     stream = iter(documents)
     buffer: list[np.ndarray] = []
-    rows = []
+    rows: list[np.ndarray] = []
     row, used = np.empty(capacity, dtype=np.int32), 0
     while True:
         while len(buffer) < BUFFER_DOCUMENTS and (document := next(stream, None)) is not None:

@@ -85,8 +85,8 @@ class MicroBatch:
     def digest(self) -> int:
         """Signed 64-bit hash of ids and tokens."""
         hasher = hashlib.blake2b(digest_size=8)
-        hasher.update(np.ascontiguousarray(self.row_ids_M3, dtype="<i8"))
-        hasher.update(np.ascontiguousarray(self.tokens_MT, dtype="<i4"))
+        hasher.update(self.row_ids_M3.astype("<i8").tobytes())
+        hasher.update(self.tokens_MT.astype("<i4").tobytes())
         return int.from_bytes(hasher.digest(), "little", signed=True)
 
 

@@ -144,16 +144,3 @@ def _generated_sources(seed: int, sizes: MixtureSizes) -> list[Source]:
 
 def _generated(name: str, generate: Generate, seed: int, count: int, tests: int = GENERATED_TESTS) -> Source:
     return Source(name, generate(seed, "train", count), generate(seed, "test", tests))
-
-
-def mixture_of(spec: str, tasks: str | None, seed: int) -> Mixture:
-    """What `--sft` means: `demo`, `hub`, or the chats of a folder, file or URI.
-
-    Raises:
-        UserError: as the mixtures above.
-    """
-    if spec == "demo":
-        return demo_mixture(seed)
-    if spec == "hub":
-        return public_mixture(seed)
-    return folder_mixture(spec, tasks, seed)

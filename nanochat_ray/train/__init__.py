@@ -1,9 +1,9 @@
 """One optimizer step after the other, and everything that lets the next process go on where this one stopped.
 
-    step         forward, backward, agreement between workers, update (plain torch)
-    loop         steps, evaluations, checkpoints (plain torch, takes callables)
-    checkpoint   folders that appear whole, verify themselves and load under any world size
-    events       JSONL and TensorBoard
-    progress     the live line, read from the events
-    ray_trainer  the same loop on Ray Train workers, fed by Ray Data
+step         forward, backward, agreement between workers, update (plain torch)
+loop         steps, evaluations, checkpoints (plain torch, takes callables)
+checkpoint   folders that appear whole, verify themselves and load under any world size
+events       JSONL and TensorBoard
+progress     the live line, read from the events
+ray_trainer  the same loop on Ray Train workers, fed by Ray Data
 """

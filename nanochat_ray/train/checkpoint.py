@@ -159,7 +159,9 @@ def load_model(
     checkpoints = Checkpoints.of(stage)
     step = checkpoints.newest_valid(warn)
     if step is None:
-        raise UserError(f"no trained model in {stage}: run the stage that writes it first (pretrain for base, then sft)")
+        raise UserError(
+            f"no trained model in {stage}: run the stage that writes it first (pretrain for base, then sft)"
+        )
     plan = checkpoints.state(step).plan
     model = build_model(plan)
     model.load_state_dict(checkpoints.model(step))

@@ -44,6 +44,8 @@ MAX_RESTARTS = 10
 CPUS_PER_DATA_TASK = 0.5
 EVALS_PER_RUN = 5
 EVAL_FRACTION = 20
+EXPECTED_MFU = 0.4
+COMPILE_ABOVE_S = 600.0
 MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2**15, 40 * 2**19
 
 
@@ -132,7 +134,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int]) -
         dataset_config=ordered_data_config(),
         torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers[0] if workers[0] == workers[1] else workers,
+            num_workers=workers[0] if workers[0] == workers[1] else workers,  # type: ignore[arg-type]
             resources_per_worker=resources,
             use_gpu="GPU" in resources,
         ),
@@ -208,18 +210,24 @@ class _Worker:
         self.model = build_model(job.plan)
         self.optimizer = build_optimizer(self.model, job.plan.rates, self.dtype)
         self._load()
-        self.losses, self.mode = compile_for_training(self.model, job.compile)
+        self.peak_flops = gemm_peak(device, self.dtype) * self.world.size
+        self.losses, self.mode = compile_for_training(self.model, self._wants_compilation())
         self.validation: list[MicroBatch] | None = None
         self.events: EventLog | None = None
-        self.peak_flops = gemm_peak(device, self.dtype) * self.world.size
 
     def run(self) -> None:
         job, world, first_step = self.job, self.world, self.state.cursor.step
         if world.rank == 0:
             self.events = EventLog(job.stage, first_step)
             self.events.append(
-                "start", step=first_step, workers=world.size, steps=job.plan.steps, dtype=str(self.dtype), mode=self.mode,
-                threads=torch.get_num_threads(), attempt=job.attempt,
+                "start",
+                step=first_step,
+                workers=world.size,
+                steps=job.plan.steps,
+                dtype=str(self.dtype),
+                mode=self.mode,
+                threads=torch.get_num_threads(),
+                attempt=job.attempt,
             )
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None, "the trainer was given a dataset"
@@ -241,6 +249,15 @@ class _Worker:
             assert base_step is not None, "the job checked that the initial model is there"
             self.model.load_state_dict(base.model(base_step))
         self.model.to(self.world.device).set_dtype(self.dtype)
+
+    def _wants_compilation(self) -> bool:
+        """Compiling costs a CPU about a minute and then saves a sixth of the time: worth it in runs of some length."""
+        if self.job.compile != "auto":
+            return self.job.compile == "on"
+        plan = self.job.plan
+        flops_left = plan.flops_per_token * plan.batch_tokens * (plan.steps - self.state.cursor.step)
+        seconds_left = flops_left / (EXPECTED_MFU * self.peak_flops)
+        return self.world.device.type == "cuda" or seconds_left > COMPILE_ABOVE_S
 
     def _summed_loss(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return self.losses(inputs_BT, targets_BT, reduction="sum")
