@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Cluster:
 def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
     """Join the cluster at `address` (or the one this job was submitted to), or start a local one for `workers`.
 
-    A local cluster listens on loopback, gets as many logical CPUs as the workers and the data pipeline want, and ends
+    A local cluster obeys only its own processes, gets as many logical CPUs as the workers and the data pipeline want, and ends
     with the block. A cluster that was there before is left as it was.
 
     Raises:
@@ -74,9 +75,10 @@ def _start_local(workers: int) -> None:
             f"{workers} workers are more than this machine of {cores} cores can hold ({most}); "
             "ask for fewer, or join a larger cluster with --address"
         )
-    # Ray 2.60 turns token auth on for local clusters only, which then locks out its own dashboard clients. This one
-    # is on loopback and ends with us.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray listens on every interface whatever address it is given, and whoever reaches it may run code. So this cluster
+    # has a token that only its own processes know; left alone, Ray would write one to the home folder.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     ray.init(
         address="local",
         num_cpus=workers + _CPUS_FOR_DATA,
