@@ -93,7 +93,7 @@ CRASH = -1  # in a script: the model raises instead of answering
 
 
 def script(*parts: str) -> list[int]:
-    """Ids of a reply: text; `=expression` is a calculator call (its result is forced by the engine, so it is skipped)."""
+    """Ids of a reply: text; `=expression` is a calculator call with the result that the engine forces."""
     tokenizer, ids = ByteTokenizer(), []
     for part in parts:
         if part.startswith("="):

@@ -21,10 +21,10 @@ def softmax(z: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("params", "keep"),
     [
-        (dict(temperature=1.0, top_k=None), None),
-        (dict(temperature=0.7, top_k=None), None),
-        (dict(temperature=1.0, top_k=3), [3, 5, 7]),
-        (dict(temperature=1.0, top_k=None, top_p=0.6), [3, 5]),
+        ({"temperature": 1.0, "top_k": None}, None),
+        ({"temperature": 0.7, "top_k": None}, None),
+        ({"temperature": 1.0, "top_k": 3}, [3, 5, 7]),
+        ({"temperature": 1.0, "top_k": None, "top_p": 0.6}, [3, 5]),
     ],
 )
 def test_frequencies_follow_the_softmax_of_what_is_kept(params, keep):
@@ -103,19 +103,19 @@ def test_logits_of_a_damaged_model_are_an_error_that_says_so(bad):
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(temperature=float("nan")),
-        dict(temperature=-0.1),
-        dict(temperature=float("inf")),
-        dict(top_k=0),
-        dict(top_k=-1),
-        dict(top_p=0.0),
-        dict(top_p=1.1),
-        dict(top_p=float("nan")),
-        dict(seed=2**63),
-        dict(max_tokens=0),
-        dict(stop=("",)),
-        dict(stop=("x" * 65,)),
-        dict(stop=("a", "b", "c", "d", "e")),
+        {"temperature": float("nan")},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": 2**63},
+        {"max_tokens": 0},
+        {"stop": ("",)},
+        {"stop": ("x" * 65,)},
+        {"stop": ("a", "b", "c", "d", "e")},
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(bad):

@@ -1,5 +1,6 @@
 """Server-sent events: what is framed is parsed back, however the bytes are cut."""
 
+import itertools
 import json
 
 import pytest
@@ -14,7 +15,7 @@ values = st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3)
 def parse(data: bytes, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     parser = Parser()
-    return [event for a, b in zip(edges, edges[1:], strict=False) for event in parser.push(data[a:b])]
+    return [event for a, b in itertools.pairwise(edges) for event in parser.push(data[a:b])]
 
 
 @given(st.lists(values, max_size=5), st.lists(st.integers(0, 300), max_size=10))

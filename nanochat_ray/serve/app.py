@@ -6,9 +6,10 @@
 
 The model runs on the engine's own thread, so that health checks and other requests never wait for a decode step.
 Nothing a user wrote is logged.
+
+`serve.ingress` pickles `api` with its routes when it decorates the class, so what they use must be defined above it.
 """
 
-import asyncio
 import functools
 import signal
 import socket
@@ -29,11 +30,11 @@ from starlette.exceptions import HTTPException
 from nanochat_ray import chat
 from nanochat_ray.cluster import connect
 from nanochat_ray.engine.load import ChatModel, load_chat_model, require_trained
-from nanochat_ray.engine.reply import Piece
 from nanochat_ray.engine.worker import Busy, EngineThread, Ticket
 from nanochat_ray.errors import UserError
 from nanochat_ray.serve import schema, sse
 from nanochat_ray.serve.http import Guard, page
+from nanochat_ray.serve.inbox import GenerationFailed, Inbox
 
 APP_NAME = "chat"
 HOST = "127.0.0.1"
@@ -66,6 +67,15 @@ async def _busy(_: Request, error: Busy) -> JSONResponse:
 async def _http(_: Request, error: HTTPException) -> JSONResponse:
     body = schema.error_body(str(error.detail), "invalid_request_error")
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _completion_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _usage(ticket: Ticket) -> schema.Usage:
+    generation = ticket.generation
+    return schema.Usage.of(generation.prompt_tokens, len(generation.ids) - generation.prompt_tokens)
 
 
 @serve.deployment(
@@ -138,14 +148,14 @@ class ChatServer:
         params = request.sampling()
         prompt_ids = chat.render_prompt(self.chat.engine.tokenizer, request.conversation())  # type: ignore[arg-type]
         # Admitted (or refused) here, before the first byte of the answer, so that the status can still say so.
-        inbox = _Inbox()
+        inbox = Inbox()
         ticket = self.engine.submit(prompt_ids, params, inbox.put)
         if request.stream:
             include_usage = bool(request.stream_options and request.stream_options.include_usage)
             return StreamingResponse(self._events(ticket, inbox, include_usage), media_type="text/event-stream")
         return await self._whole(ticket, inbox)
 
-    async def _events(self, ticket: Ticket, inbox: "_Inbox", include_usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, ticket: Ticket, inbox: Inbox, include_usage: bool) -> AsyncIterator[bytes]:
         chunks = schema.ChunkMaker(_completion_id(), int(time.time()), self.chat.name)
         try:
             yield sse.frame(chunks.first())
@@ -159,15 +169,15 @@ class ChatServer:
             if include_usage:
                 yield sse.frame(chunks.usage(_usage(ticket)))
             yield sse.DONE
-        except _GenerationFailed:
+        except GenerationFailed:
             yield sse.frame(schema.error_body("the model failed while it wrote this reply", "server_error"))
         finally:  # also when the client has gone: then the exception is CancelledError or GeneratorExit
             self.engine.cancel(ticket)
 
-    async def _whole(self, ticket: Ticket, inbox: "_Inbox") -> Any:
+    async def _whole(self, ticket: Ticket, inbox: Inbox) -> Any:
         try:
             pieces = [piece async for piece in inbox.pieces()]
-        except _GenerationFailed:
+        except GenerationFailed:
             body = schema.error_body("the model failed while it wrote this reply", "server_error")
             return JSONResponse(body, status_code=500)
         finally:
@@ -187,56 +197,6 @@ class ChatServer:
         )
 
 
-class _GenerationFailed(Exception):
-    """The engine gave up this reply; the cause was its own exception."""
-
-
-class _Inbox:
-    """What the engine's thread delivers, for one request of the event loop it was made in."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
-
-    def put(self, outcome: list[Piece] | Exception) -> None:
-        """Called on the engine's thread."""
-        with suppress(RuntimeError):  # the loop has closed: the server is going down and nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, outcome)
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Pieces up to the one with `finish`; all that have arrived meanwhile are merged.
-
-        Raises:
-            _GenerationFailed: the engine delivered an error.
-        """
-        while True:
-            outcomes = [await self._queue.get()]
-            while not self._queue.empty():
-                outcomes.append(self._queue.get_nowait())
-            arrived: list[Piece] = []
-            failure: Exception | None = None
-            for outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    failure = outcome
-                else:
-                    arrived += outcome
-            for piece in schema.merge(arrived):
-                yield piece
-                if piece.finish:
-                    return
-            if failure is not None:
-                raise _GenerationFailed from failure
-
-
-def _completion_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def _usage(ticket: Ticket) -> schema.Usage:
-    generation = ticket.generation
-    return schema.Usage.of(generation.prompt_tokens, len(generation.ids) - generation.prompt_tokens)
-
-
 def build_app(
     storage: str,
     run: str,
@@ -246,18 +206,20 @@ def build_app(
     dtype: str | None = None,
     max_replies: int = MAX_REPLIES,
 ) -> serve.Application:
-    """The application for a trained stage of a run. The replica takes a GPU where the cluster has one.
+    """The application for a trained stage of a run.
 
     Raises:
         UserError: nothing is trained there; says which command trains it.
     """
     require_trained(storage, run, stage)
-    load = functools.partial(load_chat_model, storage, run, stage, device, dtype)
-    return app_of(load, max_replies)
+    return app_of(functools.partial(load_chat_model, storage, run, stage, device, dtype), max_replies)
 
 
 def app_of(load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES) -> serve.Application:
-    """The application around any model that `load`, called in the replica, returns."""
+    """The application around any model that `load`, called in the replica, returns.
+
+    The replica takes a GPU where the cluster that this process is connected to has one.
+    """
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     deployment = cast(serve.Deployment, ChatServer).options(ray_actor_options={"num_cpus": 1, "num_gpus": gpus})
     return deployment.bind(load, max_replies)
@@ -269,6 +231,7 @@ def serve_until_interrupted(
     stage: str = "sft",
     port: int = 8000,
     address: str | None = None,
+    *,
     device: str | None = None,
     dtype: str | None = None,
     on_ready: Callable[[str], None] = print,
@@ -282,6 +245,14 @@ def serve_until_interrupted(
         UserError: nothing is trained there, the port is in use, or the model does not load.
     """
     require_trained(storage, run, stage)
+    build = functools.partial(build_app, storage, run, stage, device=device, dtype=dtype)
+    serve_app_until_interrupted(build, port, address, on_ready)
+
+
+def serve_app_until_interrupted(
+    build: Callable[[], serve.Application], port: int, address: str | None, on_ready: Callable[[str], None]
+) -> None:
+    """As `serve_until_interrupted`, for the application that `build` makes once the cluster is there."""
     require_free_port(port)
     with connect(address), _signals_interrupt():
         serve.start(
@@ -289,9 +260,8 @@ def serve_until_interrupted(
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         try:
-            app = build_app(storage, run, stage, device=device, dtype=dtype)
             try:
-                serve.run(app, name=APP_NAME, route_prefix="/")
+                serve.run(build(), name=APP_NAME, route_prefix="/")
             except RuntimeError as error:  # Ray's: the replica did not start, with its traceback as text
                 raise UserError(f"the model could not be served: {_last_line(error)}") from error
             on_ready(f"http://{HOST}:{port}")

@@ -1,0 +1,62 @@
+"""The chat server as a test needs it: in a process of its own (Ray and all), with the scripted model behind it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_REPLIES = 3
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], ready: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A process and its first line of output that contains `ready`; interrupted at the end, when it must exit."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if ready in line:
+                break
+        else:
+            raise AssertionError(f"it ended with {process.wait()} before it was ready: {''.join(seen)}")
+        yield process, line.strip()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def scripted_server() -> Iterator[str]:
+    """The URL of a server with the scripted model."""
+    with running(["-m", "tests.serving", str(free_port())], ready="http://") as (_, url):
+        yield url
+
+
+def main(port: int) -> None:
+    from nanochat_ray.serve.app import app_of, serve_app_until_interrupted
+    from tests.fakes import load_scripted
+
+    serve_app_until_interrupted(lambda: app_of(load_scripted, MAX_REPLIES), port, None, print)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
