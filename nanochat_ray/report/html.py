@@ -17,7 +17,7 @@ p { max-width: 46rem; margin: 0.6rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 0;
            background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .figures div { background: #fff; padding: 0.9rem 1rem; }
-.figures dd { margin: 0; font-size: 1.45rem; font-weight: 600; letter-spacing: -0.01em;
+.figures dd { margin: 0; font-size: 1.35rem; white-space: nowrap; font-weight: 600; letter-spacing: -0.01em;
               font-variant-numeric: tabular-nums; }
 .figures dt { color: var(--soft); font-size: 0.8rem; line-height: 1.35; }
 .wide { overflow-x: auto; margin: 0.8rem 0; }

@@ -20,7 +20,9 @@ def _block(block: Block) -> str:
             return _inline(block.text)
         case KeyFigures():
             return _table(
-                Table(("", ""), tuple((f"{name} {note}".strip(), value) for value, name, note in block.items))
+                Table(
+                    ("", ""), tuple((f"{name} ({note})" if note else name, value) for value, name, note in block.items)
+                )
             )
         case Table():
             return _table(block)

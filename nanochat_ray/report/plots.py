@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import matplotlib as mpl
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MAX_POINTS = 600  # more cannot be told apart, and would only make the file large
-SMOOTHING = 0.9  # weight of the past in the moving average, at full resolution
+SMOOTHING_SHARE = 50  # a moving average reaches this part of the curve to each side
 
 _INK, _FAINT, _ACCENT = "#3c434d", "#c3cad3", "#2457a6"
 _STYLE: dict[Any, Any] = {
@@ -33,38 +34,38 @@ _STYLE: dict[Any, Any] = {
 
 
 def curve(
-    x: Sequence[float], y: Sequence[float], y_label: str, *, x_label: str = "step", smooth: bool = False
+    x: Sequence[float], y: Sequence[float], y_label: str, *, smooth: bool = False, from_zero: bool = False
 ) -> bytes:
     """A line over steps as SVG; `smooth` draws the values faint under their moving average, else each point shows.
 
     Long curves are thinned to MAX_POINTS by averaging neighbours. `x` and `y` are of equal length, at least 1.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        figure = Figure(figsize=(3.7, 2.4), layout="constrained")
         axes = figure.add_subplot()
         if smooth:
             axes.plot(*thin(x, y), color=_FAINT, linewidth=1)
             axes.plot(*thin(x, moving_average(y)), color=_ACCENT, linewidth=1.6)
         else:
             axes.plot(x, y, color=_ACCENT, linewidth=1.6, marker="o", markersize=3.5)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
         axes.set_ylabel(y_label)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.margins(x=0.01)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return picture.getvalue()
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smoothed.append(average / weight)
-    return smoothed
+    """Mean of each value and its neighbours on both sides, a fiftieth of the curve each; without lag."""
+    reach = len(values) // SMOOTHING_SHARE
+    sums = [0.0, *accumulate(values)]
+    spans = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

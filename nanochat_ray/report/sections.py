@@ -15,7 +15,8 @@ def tokenizer_section(facts: Json | None, evaluation: Json | None) -> Section | 
     blocks: list[Block] = []
     if facts:
         training = facts.get("training", {})
-        read = ", ".join(f"{training[name]:,} {name}" for name in ("documents", "chars") if name in training)
+        counts = (("documents", "documents"), ("chars", "characters"))
+        read = ", ".join(f"{training[name]:,} {words}" for name, words in counts if name in training)
         source = f", trained on {read}" if read else ""
         blocks.append(Text(f"{facts['vocab_size']:,} tokens{source}. Fingerprint {facts['fingerprint'][:16]}."))
     if evaluation:
@@ -32,7 +33,10 @@ def _compression(evaluation: Json) -> list[Block]:
     ]
     columns = ("bytes per token (more is better)", *encodings)
     encode = evaluation.get("encode_mb_per_s", {})
-    speeds = [f"encodes {speed} MB/s with {threads} thread(s)" for threads, speed in encode.items()]
+    speeds = [
+        f"encodes {speed} MB/s with {threads} {'thread' if threads == '1' else 'threads'}"
+        for threads, speed in encode.items()
+    ]
     if "decode_mb_per_s" in evaluation:
         speeds.append(f"decodes {evaluation['decode_mb_per_s']} MB/s")
     absent = [name for name, size in evaluation.get("references", {}).items() if size is None]
@@ -40,7 +44,7 @@ def _compression(evaluation: Json) -> list[Block]:
     remarks += [f"{' and '.join(absent)} not available offline"] if absent else []
     remarks += ["round trip exact on every text"] if evaluation.get("round_trip") else []
     table = Table(columns, tuple(rows), right=tuple(range(1, len(columns))))
-    return [table, Text(f"{'; '.join(remarks).capitalize()}.")] if remarks else [table]
+    return [table, Text("; ".join(remarks) + ".")] if remarks else [table]
 
 
 def bpb_section(base: Training | None, base_eval: Json | None, sft: Training | None) -> Section | None:

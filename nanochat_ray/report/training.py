@@ -78,14 +78,14 @@ def _plots(training: Training) -> tuple[Plot, ...]:
     steps, evals = training.steps, training.evals
     x = [event["step"] + 1 for event in steps]
     losses, speeds = [event["loss"] for event in steps], [event["tok_per_s"] for event in steps]
-    words = f"{losses[0]:.3f} at step 1, {training.end_loss:.3f} at the end (mean of the last 5 %)"
+    words = f"{losses[0]:.3f} → {training.end_loss:.3f} (mean of the last 5 %)"
     plots = [Plot("Training loss", curve(x, losses, "nats per token", smooth=True), words)]
     if evals:
         bpbs = [event["val_bpb"] for event in evals]
-        words = f"{bpbs[0]:.4f} at step {evals[0]['step']:,}, {bpbs[-1]:.4f} at step {evals[-1]['step']:,}"
+        words = f"{bpbs[0]:.4f} → {bpbs[-1]:.4f} at step {evals[-1]['step']:,}"
         plots.append(Plot("Validation", curve([event["step"] for event in evals], bpbs, "bits per byte"), words))
     words = f"median {training.tok_per_s:,.0f} tokens per second"
-    return (*plots, Plot("Throughput", curve(x, speeds, "tokens per second", smooth=True), words))
+    return (*plots, Plot("Throughput", curve(x, speeds, "tokens per second", smooth=True, from_zero=True), words))
 
 
 def _figures(training: Training) -> list[tuple[str, str]]:
@@ -98,7 +98,7 @@ def _figures(training: Training) -> list[tuple[str, str]]:
     ]
     if starts:
         last = starts[-1]
-        settings = [str(last[name]) for name in ("dtype", "mode") if name in last]
+        settings = [str(last[name]).removeprefix("torch.") for name in ("dtype", "mode") if name in last]
         threads = [f"{last['threads']} threads per worker"] if "threads" in last else []
         rows.append(("numerics", ", ".join(settings + threads)))
         rows.append(("started", "once" if len(starts) == 1 else f"{len(starts)} times, each continuing where it stood"))
