@@ -45,8 +45,8 @@ class Cluster:
 def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
     """Join the cluster at `address` (or the one this job was submitted to), or start a local one for `workers`.
 
-    A local cluster obeys only its own processes, gets as many logical CPUs as the workers and the data pipeline want, and ends
-    with the block. A cluster that was there before is left as it was.
+    A local cluster obeys only its own processes, gets as many logical CPUs as the workers and the data pipeline want,
+    and ends with the block. A cluster that was there before is left as it was.
 
     Raises:
         UserError: no cluster answers at the address, or the machine is too small for so many workers.
@@ -55,8 +55,7 @@ def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
         yield _describe()
         return
     submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     if address is None and not submitted:
         _start_local(workers)
     else:
@@ -67,6 +66,12 @@ def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def prepare_environment() -> None:
+    """Set what the processes that this one starts from now on shall find in their environment, unless it is set."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def _start_local(workers: int) -> None:
     cores = os.cpu_count() or 1
     most = _LOCAL_WORKERS_PER_CORE * cores
@@ -75,10 +80,9 @@ def _start_local(workers: int) -> None:
             f"{workers} workers are more than this machine of {cores} cores can hold ({most}); "
             "ask for fewer, or join a larger cluster with --address"
         )
-    # Ray listens on every interface whatever address it is given, and whoever reaches it may run code. So this cluster
-    # has a token that only its own processes know; left alone, Ray would write one to the home folder.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    # Ray listens on every interface whatever address it is given, and whoever reaches it may run code; so it turns
+    # token authentication on. This token is known to the cluster's own processes only; else one goes to ~/.ray.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
         num_cpus=workers + _CPUS_FOR_DATA,
