@@ -1,12 +1,19 @@
-"""Unembedding, softcap and cross-entropy in chunks of tokens, so that the logits of a batch never exist at once."""
+"""Unembedding, softcap and cross-entropy in chunks of tokens, so that the logits of a batch never exist at once.
+
+The loss of a token with hidden state x and target y is logsumexp(c) − c[y], c = 15·tanh(Wx/15), in fp32. Its gradients
+are made chunk by chunk with the loss itself, while the chunk's logits are at hand: three matrix products in all, as
+without chunks. The softcap bounds c to ±15, so the exponentials need no running maximum.
+"""
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nanochat_ray.plan.shape import LOSS_CHUNK_TOKENS
+from nanochat_ray.errors import UsageError
 
 SOFTCAP = 15.0
 IGNORED = -1
+_CHUNK_ELEMENTS = 2**24  # logits that exist at once: 512 tokens at a vocabulary of 32768, 64 MiB in fp32
+_CPU_SLICE_ELEMENTS = 2**19  # logits between two matrix products are worked on in slices that stay in a core's cache
 
 
 def softcap(z: torch.Tensor) -> torch.Tensor:
@@ -17,5 +24,127 @@ def softcap(z: torch.Tensor) -> torch.Tensor:
 def linear_cross_entropy(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str = "mean"
 ) -> torch.Tensor:
-    logits = softcap(F.linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float())
-    return F.cross_entropy(logits, targets_N, ignore_index=IGNORED, reduction=reduction)
+    """Cross-entropy in nats of softcap(x·Wᵀ) against targets, of which −1 are ignored; fp32.
+
+    Args:
+        weight_VD: may have more rows than the vocabulary (padding); those take no part. Cast to the dtype of x.
+        targets_N: integers in [−1, vocab_size).
+        reduction: "sum"; "mean" over counted targets (nan if there is none); or "none" for losses (N,), 0 where
+            ignored. With "none" the backward pass computes the logits again.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise UsageError(f"reduction {reduction!r} is not one of mean, sum, none")
+    if reduction == "none":
+        return _TokenLosses.apply(x_ND, weight_VD, targets_N, vocab_size)
+    if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
+        total = _SummedLoss.apply(x_ND, weight_VD, targets_N, vocab_size)
+    else:
+        total = _losses(x_ND, weight_VD, targets_N, vocab_size).sum()
+    return total / (targets_N != IGNORED).sum() if reduction == "mean" else total
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of all losses; the gradients are ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+    ) -> torch.Tensor:
+        losses_N, grad_x_ND, grad_weight_VD = _losses_and_gradients(
+            x_ND, weight_VD, targets_N, vocab_size, torch.ones_like(targets_N, dtype=torch.float32)
+        )
+        ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+        return losses_N.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[no-untyped-def,override]
+        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        return grad_x_ND * grad.to(grad_x_ND.dtype), grad_weight_VD * grad, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The loss of every token; gradients need the weight of each loss, so the backward pass starts from x again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, weight_VD, targets_N)
+        ctx.vocab_size = vocab_size  # type: ignore[attr-defined]
+        return _losses(x_ND, weight_VD, targets_N, vocab_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: torch.Tensor):  # type: ignore[no-untyped-def,override]
+        x_ND, weight_VD, targets_N = ctx.saved_tensors
+        _, grad_x_ND, grad_weight_VD = _losses_and_gradients(x_ND, weight_VD, targets_N, ctx.vocab_size, grad_N)
+        return grad_x_ND, grad_weight_VD, None, None
+
+
+def _losses(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    weight_VD = weight_VD[:vocab_size].to(x_ND.dtype)
+    chunk = _chunk_tokens(vocab_size)
+    chunks = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat([_to_losses(x_CD @ weight_VD.T, targets_C, None) for x_CD, targets_C in chunks])
+
+
+def _losses_and_gradients(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, scale_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (N,) fp32, and the gradients of Σ scale·loss: for x in its dtype, for the weight in fp32."""
+    cast_VD = weight_VD[:vocab_size].to(x_ND.dtype)
+    losses_N, grad_x_ND = torch.empty_like(scale_N), torch.empty_like(x_ND)
+    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+    chunk = _chunk_tokens(vocab_size)
+    for start in range(0, len(x_ND), chunk):
+        part = slice(start, start + chunk)
+        x_CD = x_ND[part]
+        z_CV = x_CD @ cast_VD.T
+        losses_N[part] = _to_losses(z_CV, targets_N[part], scale_N[part])  # z_CV is its own gradient from here on
+        torch.mm(z_CV, cast_VD, out=grad_x_ND[part])
+        if x_CD.dtype == torch.float32:
+            grad_weight_VD[:vocab_size].addmm_(z_CV.T, x_CD)
+        else:
+            grad_weight_VD[:vocab_size] += z_CV.T @ x_CD  # chunks add up in fp32
+    return losses_N, grad_x_ND, grad_weight_VD
+
+
+def _to_losses(z_CV: torch.Tensor, targets_C: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor:
+    """Losses (C,) of raw logits; with a scale, the logits are overwritten by the gradient of Σ scale·loss.
+
+    On the CPU the chain of elementwise steps runs slice by slice in cache: measured at 512 × 32768, it is 2 to 3 times
+    as fast as one loop that torch.compile makes of it, and 10 times as fast as step by step over the chunk.
+    """
+    rows = max(1, _CPU_SLICE_ELEMENTS // z_CV.shape[1]) if z_CV.device.type == "cpu" else len(z_CV)
+    losses = []
+    for start in range(0, len(z_CV), rows):
+        part = slice(start, start + rows)
+        losses.append(_slice_losses(z_CV[part], targets_C[part], None if scale_C is None else scale_C[part]))
+    return torch.cat(losses)
+
+
+def _slice_losses(z_RV: torch.Tensor, targets_R: torch.Tensor, scale_R: torch.Tensor | None) -> torch.Tensor:
+    counted_R = targets_R != IGNORED
+    target_R1 = targets_R.clamp(min=0).unsqueeze(1)
+    tanh_RV = torch.mul(z_RV, 1 / SOFTCAP) if z_RV.dtype == torch.float32 else z_RV.float().mul_(1 / SOFTCAP)
+    tanh_RV.tanh_()
+    target_tanh_R1 = tanh_RV.gather(1, target_R1)
+    exp_RV = torch.mul(tanh_RV, SOFTCAP, out=z_RV if z_RV.dtype == torch.float32 else None).exp_()
+    sum_R1 = exp_RV.sum(dim=1, keepdim=True)
+    losses_R = torch.where(counted_R, (sum_R1.log() - SOFTCAP * target_tanh_R1).squeeze(1), 0.0)
+    if scale_R is not None:
+        # d loss / d z = (softmax(c) − [v = y]) · (1 − tanh²)
+        scale_R1 = torch.where(counted_R, scale_R, 0.0).unsqueeze(1)
+        gradient_RV = exp_RV.mul_(scale_R1 / sum_R1)
+        gradient_RV.addcmul_(gradient_RV, tanh_RV.square_(), value=-1)
+        gradient_RV.scatter_add_(1, target_R1, -scale_R1 * (1 - target_tanh_R1.square()))
+        if z_RV.dtype != torch.float32:
+            z_RV.copy_(gradient_RV)
+    return losses_R
+
+
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // vocab_size)
