@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 PORT   ?= 8000
 SERVE  ?= 1
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint clean
