@@ -13,8 +13,7 @@ SAMPLES, OPENING_TOKENS, SAMPLE_TOKENS = 4, 16, 48
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.base_eval", __doc__, ["run", "storage", "corpus", "shards", "dtype", "eval-tokens"])
-    return parser
+    return cli.build_parser("jobs.base_eval", __doc__, ["run", "storage", "corpus", "shards", "dtype", "eval-tokens"])
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The whole pipeline, from raw text to the chat page: every stage in turn, finished ones skipped, a report card at the end.
+"""The whole pipeline, from raw text to the chat page: every stage in turn, finished ones skipped, then a report card.
 
 python -m jobs.speedrun --preset tiny --serve
 python -m jobs.speedrun --depth 20 --corpus fineweb-edu --sft hub --run d20 --workers 2:16

@@ -42,8 +42,8 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "compile": dict(
         default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"
     ),
-    "eval-every": dict(type=int, default=None, help="optimizer steps between evaluations (default: five per run)"),
-    "eval-tokens": dict(type=int, default=None, help="validation tokens of one evaluation (default: 5 %% of training)"),
+    "eval-every": dict(type=int, default=None, help="optimizer steps between evaluations (default: four per run)"),
+    "eval-tokens": dict(type=int, default=None, help="validation tokens of one evaluation (default: 2 %% of training)"),
     "checkpoint-every": dict(type=float, default=60.0, help="seconds between checkpoints"),
     "keep-checkpoints": dict(type=int, default=2, help="newest checkpoints to keep"),
     "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
@@ -51,7 +51,7 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
 
 
 def build_parser(module: str, description: str | None, shared_flags: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser for `python -m <module>` with the named shared flags, and `--json` and `--debug`, which all jobs have."""
+    """A parser for `python -m <module>` with the named shared flags, and with `--json` and `--debug`, as all have."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,

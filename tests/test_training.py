@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import base_eval, pretrain, sft, tokenizer
+from jobs import base_eval, data, pretrain, sft, tokenizer
 from nanochat_ray import cli
+from nanochat_ray.data.corpus import open_corpus
 from nanochat_ray.storage import Folder, run_folder
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.rows import PretrainingRows, micro_batches, stream_hash
@@ -109,12 +110,19 @@ def test_the_stream_of_the_trainer_is_the_sequence_of_rows(calm, workplace):
     """Through Ray Data, Ray Train and an optimizer the hashes are those of a plain loop over the corpus."""
     state = Checkpoints.of(calm / "base").state(STEPS)
     source = PretrainingRows(Tokenizer.load(calm / "tokenizer"), 64)
-    from nanochat_ray.data.corpus import open_corpus
-
     units = open_corpus(str(workplace / "corpus"), Folder.at(workplace)).train
     sequence = micro_batches(source, units, 4, RowId(0, 0, 0), state.plan.seed)
     expected = [stream_hash([next(sequence).digest() for _ in range(4)]) for _ in range(STEPS)]
     assert [event["stream_hash"] for event in steps_of(calm)] == expected
+
+
+def test_any_step_can_be_looked_at(calm, workplace, capsys):
+    flags = ["--storage", str(workplace / "storage"), "--run", "calm", "--corpus", str(workplace / "corpus")]
+    assert cli.run(data.main, data.build_parser(), [*flags, "--show-step", "17", "--json"]) == 0
+    *text, figures = capsys.readouterr().out.splitlines()
+    assert json.loads(figures)["stream_hash"] == steps_of(calm)[17]["stream_hash"]
+    assert any("brown fox" in line or "lazy dog" in line for line in text)
+    assert cli.run(data.main, data.build_parser(), [*flags, "--show-step", "30"]) == 2
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -31,7 +31,7 @@ def evaluate_bpb(
     """
     bytes_V = torch.from_numpy(token_bytes)
     totals = torch.zeros(2, dtype=torch.float64)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: the model may keep tables it builds here for training
         for micro_batch in micro_batches:
             inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
             nats_BT = token_losses(inputs_BT.to(device), targets_BT.to(device)).double().cpu()

@@ -7,6 +7,7 @@ complement `~id`, which is negative; so one array carries tokens and loss mask. 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -156,3 +157,12 @@ def count_rows(source: RowSource, units: Sequence[Unit]) -> int:
     """Rows of one epoch: exact for few units, from an even sample of them for many."""
     sampled = units[:: -(-len(units) // MAX_COUNTED_UNITS)]
     return sum(len(source.rows(unit)[0]) for unit in sampled) * len(units) // len(sampled)
+
+
+def step_rows(
+    source: RowSource, units: Sequence[Unit], micro_batch_rows: int, micro_batches_per_step: int, seed: int, step: int
+) -> list[MicroBatch]:
+    """The micro-batches of one step of a run that began at step 0; reads the corpus from its start."""
+    sequence = micro_batches(source, units, micro_batch_rows, RowId(0, 0, 0), seed)
+    begin = step * micro_batches_per_step
+    return list(islice(sequence, begin, begin + micro_batches_per_step))

@@ -98,7 +98,7 @@ def _follow(stage: Folder, line: ProgressLine, stop: threading.Event) -> None:
 
 
 def _read_from(stage: Folder, offset: int) -> tuple[str, int]:
-    """The complete lines after `offset`, and where they end. A file that became shorter was rewritten: from its start."""
+    """The complete lines after `offset`, and where they end; from the start of a file that was rewritten shorter."""
     filesystem, path = (stage / EVENTS).open()
     try:
         with filesystem.open_input_file(path) as file:

@@ -10,7 +10,7 @@ import statistics
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import islice, takewhile
 from typing import Any
 
@@ -40,13 +40,14 @@ from nanochat_ray.train.progress import live_progress
 from nanochat_ray.train.step import StepResult, World
 
 FAILURE = "failure.json"  # why this attempt must not be restarted, written by the worker that knows
-MAX_RESTARTS = 10
+LAST_ERROR = "last_error.json"  # what broke the last worker group
+RESTARTS_WITHOUT_PROGRESS = 2  # lost machines may restart a run for ever, a bug must not
 CPUS_PER_DATA_TASK = 0.5
-EVALS_PER_RUN = 5
-EVAL_FRACTION = 20
+EVALS_PER_RUN = 4
+EVAL_FRACTION = 50
 EXPECTED_MFU = 0.4
 COMPILE_ABOVE_S = 600.0
-MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2**15, 40 * 2**19
+MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2**14, 40 * 2**19
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,19 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int]) -
         run_config=RunConfig(
             name=job.attempt,  # never an old name: our own checkpoints say where to go on
             storage_path=_ray_storage(job.stage),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            failure_config=FailureConfig(max_failures=-1),
         ),
     )
     try:
         with live_progress(job.stage, job.plan.steps):
             trainer.fit()
+        _raise_reported_failure(job)
     except ray.train.TrainingFailedError as error:
         _raise_reported_failure(job)
-        raise UserError(f"training failed {MAX_RESTARTS} times; the last reason: {_root_cause(error)}") from error
+        raise UserError(f"training failed: {_last_line(str(error))}") from error
     finally:
-        (job.stage / "ray").delete()
-    _raise_reported_failure(job)
+        for leftover in ("ray", FAILURE, LAST_ERROR):
+            job.stage.delete(leftover)
     return True
 
 
@@ -193,6 +195,9 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         job.stage.write_json(FAILURE, {"attempt": job.attempt, "message": str(cause)})
         if dist.is_initialized():
             dist.destroy_process_group()  # so that workers waiting in a collective stop waiting
+    except Exception as error:
+        job.stage.write_json(LAST_ERROR, {"message": f"{type(error).__name__}: {error}"})
+        raise
 
 
 class _Worker:
@@ -218,6 +223,7 @@ class _Worker:
     def run(self) -> None:
         job, world, first_step = self.job, self.world, self.state.cursor.step
         if world.rank == 0:
+            self._require_progress()
             self.events = EventLog(job.stage, first_step)
             self.events.append(
                 "start",
@@ -237,6 +243,15 @@ class _Worker:
         if self.events is not None:
             self.events.append("finish", step=state.cursor.step, tokens=state.cursor.tokens)
             self.events.close()
+
+    def _require_progress(self) -> None:
+        starts = [event for event in read_events(self.job.stage) if event.get("attempt") == self.job.attempt]
+        in_vain = [event for event in starts if event["step"] == self.state.cursor.step]
+        if len(in_vain) > RESTARTS_WITHOUT_PROGRESS:
+            last = self.job.stage.read_json(LAST_ERROR)["message"] if self.job.stage.exists(LAST_ERROR) else "unknown"
+            raise UserError(
+                f"the workers failed {len(in_vain)} times at step {self.state.cursor.step}; the last error: {last}"
+            )
 
     def _load(self) -> None:
         checkpoints, step = Checkpoints.of(self.job.stage), self.state.cursor.step
@@ -300,6 +315,7 @@ class _Worker:
             loss=result.loss,
             lr=lr_multiplier(plan, result.step),
             stream_hash=result.stream_hash,
+            last_row=astuple(result.last_row),
             targets=result.targets,
             cropped_tokens=result.cropped_tokens,
             workers=self.world.size,
@@ -328,9 +344,8 @@ def _raise_reported_failure(job: TrainingJob) -> None:
         raise UserError(message)
 
 
-def _root_cause(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
 
 
 def warn(message: str) -> None:

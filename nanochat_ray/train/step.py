@@ -105,7 +105,7 @@ def run_step(
         bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
         raise UserError(
             f"the loss of step {cursor.step} is not finite (micro-batches {bad} of {plan.micro_batches}); the weights "
-            f"were not updated. Look at its text with `python -m jobs.data --show-step {cursor.step}`, or lower the rates"
+            f"were not updated. See its text with `python -m jobs.data --show-step {cursor.step}`, or lower the rates"
         )
     optimizer.step(
         lr_multiplier=lr_multiplier(plan, cursor.step),
@@ -127,7 +127,7 @@ def run_step(
 
 
 def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:
-    """The last row of the step, after checking that its micro-batches follow the cursor and each other without a gap."""
+    """The last row of the step, having checked that its micro-batches follow the cursor and each other without a gap."""
     expected = cursor.next_row
     for line in lines:
         first, last = RowId(*line[_FIRST].tolist()), RowId(*line[_LAST].tolist())
