@@ -127,7 +127,7 @@ def run_step(
 
 
 def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:
-    """The last row of the step, having checked that its micro-batches follow the cursor and each other without a gap."""
+    """The step's last row, having checked that its micro-batches follow the cursor and each other without a gap."""
     expected = cursor.next_row
     for line in lines:
         first, last = RowId(*line[_FIRST].tolist()), RowId(*line[_LAST].tolist())
