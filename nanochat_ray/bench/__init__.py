@@ -1,1 +1,8 @@
-"""Measurements behind `python -m jobs.bench`: each a ratio within one run, beside a limit or a peer."""
+"""Measurements behind `python -m jobs.bench`: each beside a limit or a peer that was measured in the same run.
+
+measurement     medians, how busy the machine was, fresh processes, the table
+packing_bench   best fit beside a plain scan
+data_bench      text → tokens → rows → micro-batches, without and with Ray Data
+train_bench     the training step beside the machine's matrix multiplication, and the cost of Ray around it
+decode_bench    reading a prompt and writing a reply beside the machine's memory
+"""

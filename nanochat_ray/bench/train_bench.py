@@ -1,0 +1,219 @@
+"""The training step beside the machine's matrix multiplication, and the same steps through Ray Train and Ray Data."""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+
+from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
+from nanochat_ray.cluster import connect
+from nanochat_ray.data.corpus import Corpus, Unit
+from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
+from nanochat_ray.model.compilation import compile_for_training
+from nanochat_ray.model.optim import build_optimizer
+from nanochat_ray.plan import Plan
+from nanochat_ray.storage import Folder
+from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
+from nanochat_ray.stream.rows import MicroBatch, PretrainingRows, micro_batches, to_inputs_and_targets
+from nanochat_ray.tokenizer import Tokenizer
+from nanochat_ray.train.checkpoint import build_model
+from nanochat_ray.train.events import read_events
+from nanochat_ray.train.loop import Cadence
+from nanochat_ray.train.ray_trainer import TrainingJob, run_training
+from nanochat_ray.train.step import World, run_step
+
+WARMUP_STEPS = 3
+NEVER = 10**9
+PEAK_GOAL, RAY_GOAL = 0.5, 0.05
+PROCESS_ALLOWANCE = 10**9  # bytes: the interpreter, torch, Ray and what they keep
+WORKER_NAME = "TrainWorker"  # Ray writes the actor's class into the process's title
+
+
+@dataclass(frozen=True)
+class BareRun:
+    """What one process measured without Ray: per warm step its seconds, and beside them the machine's own speed."""
+
+    process: int
+    device: str
+    dtype: str
+    mode: str
+    threads: int
+    gemm_flops: list[float]
+    forward_backward_s: list[float]  # of one micro-batch
+    step_s: list[float]  # of `micro_batches` forward and backward passes and the update
+
+
+def measure_training(
+    plan: Plan, tokenizer: Tokenizer, corpus: Corpus, dtype: str | None, compile: str
+) -> dict[str, Any]:
+    """Bare loop, the same through Ray, bare loop again, so that a machine that changes its speed is noticed.
+
+    The bare loop has its micro-batches in memory, so the cost of Ray includes reading, encoding and packing the text.
+
+    Args:
+        plan: its first WARMUP_STEPS steps are not counted.
+        dtype, compile: as the flags of training jobs.
+    """
+    source = PretrainingRows(tokenizer, plan.model.sequence_len)
+    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+        job = TrainingJob(
+            stage=Folder.at(folder) / "base",
+            plan=plan,
+            tokenizer=tokenizer,
+            source=source,
+            train_units=corpus.train,
+            validation_units=corpus.validation,
+            corpus_fingerprint=corpus.fingerprint,
+            eval_micro_batches=1,
+            cadence=Cadence(eval_every_steps=NEVER, checkpoint_every_s=NEVER),
+            keep_checkpoints=1,
+            dtype=dtype,
+            compile=compile,
+        )
+        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compile)]
+        with connect(None, workers=1) as cluster:
+            run_training(job, cluster, (1, 1))
+        steps = [event for event in read_events(job.stage) if event["kind"] == "step"][WARMUP_STEPS:]
+        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compile))
+    bare_peak = max(watch.peaks[run.process][1] for run in bare)
+    return _figures(plan, bare, steps) | {
+        "memory": _memory(plan, bare[0].dtype) | {"worker_peak": watch.peak_of(WORKER_NAME), "bare_peak": bare_peak},
+        "machine": watch.to_dict(),
+    }
+
+
+def bare_loop(
+    plan: Plan,
+    source: PretrainingRows,
+    units: Sequence[Unit],
+    identity: StreamIdentity,
+    dtype_name: str | None,
+    compile: str,
+) -> BareRun:
+    """The plan's steps in this process, without Ray.
+
+    Before each: the speed of matrix multiplication, and one micro-batch forward and backward without an update.
+    """
+    device, _ = pick_device()
+    dtype, _ = pick_dtype(device, dtype_name)
+    if device.type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+    model = build_model(plan)
+    model.to(device).set_dtype(dtype)
+    optimizer = build_optimizer(model, plan.rates, dtype)
+    losses, mode = compile_for_training(model, compile)
+
+    def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return losses(inputs_BT, targets_BT, reduction="sum")
+
+    def forward_backward(micro_batch: MicroBatch) -> None:
+        inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
+        summed_loss(inputs_BT.to(device), targets_BT.to(device)).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wanted = plan.steps * plan.micro_batches
+    batches = list(islice(micro_batches(source, units, plan.micro_batch_rows, RowId(0, 0, 0), plan.seed), wanted))
+    stream, cursor, world = iter(batches), Cursor(identity), World(0, 1, device)
+    gemms, passes, steps = [], [], []
+    for _ in range(plan.steps):
+        gemm_peak.cache_clear()
+        gemms.append(gemm_peak(device, dtype))
+        began = time.perf_counter()
+        forward_backward(batches[0])
+        passes.append(time.perf_counter() - began)
+        optimizer.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        result = run_step(plan, summed_loss, optimizer, cursor, 0, stream, world)
+        steps.append(time.perf_counter() - began)
+        cursor = cursor.advanced(result.last_row, plan.batch_tokens)
+    warm = slice(WARMUP_STEPS, None)
+    threads = torch.get_num_threads()
+    return BareRun(os.getpid(), str(device), str(dtype), mode, threads, gemms[warm], passes[warm], steps[warm])
+
+
+def _figures(plan: Plan, bare: list[BareRun], ray_steps: list[dict[str, Any]]) -> dict[str, Any]:
+    peak = median(flops for run in bare for flops in run.gemm_flops)
+    micro_batch_tokens = plan.batch_tokens // plan.micro_batches
+    forward_backward = micro_batch_tokens / median(seconds for run in bare for seconds in run.forward_backward_s)
+    step = plan.batch_tokens / median(seconds for run in bare for seconds in run.step_s)
+    ray = plan.batch_tokens / median(event["seconds"] for event in ray_steps)
+
+    def of_peak(tokens_per_s: float) -> float:
+        return round(plan.flops_per_token * tokens_per_s / peak, 4)
+
+    return {
+        "depth": plan.depth,
+        "width": plan.model.n_embd,
+        "vocab_size": plan.model.vocab_size,
+        "sequence_len": plan.model.sequence_len,
+        "micro_batch_rows": plan.micro_batch_rows,
+        "micro_batches": plan.micro_batches,
+        "flops_per_token": plan.flops_per_token,
+        "device": bare[0].device,
+        "dtype": bare[0].dtype,
+        "mode": bare[0].mode,
+        "threads": bare[0].threads,
+        "steps": len(ray_steps),
+        "gemm_peak_flops": round(peak),
+        "forward_backward_tok_per_s": round(forward_backward, 1),
+        "forward_backward_of_peak": of_peak(forward_backward),
+        "step_tok_per_s": round(step, 1),
+        "step_of_peak": of_peak(step),
+        "bare_runs_tok_per_s": [round(plan.batch_tokens / median(run.step_s), 1) for run in bare],
+        "ray_tok_per_s": round(ray, 1),
+        "ray_of_peak": of_peak(ray),
+        "cost_of_ray": round(1 - ray / step, 4),
+        "data_wait": round(sum(event["data_wait_s"] for event in ray_steps) / sum(e["seconds"] for e in ray_steps), 5),
+        "loss": ray_steps[-1]["loss"],
+    }
+
+
+def _memory(plan: Plan, dtype: str) -> dict[str, int]:
+    """The parts of the bound on a worker's peak, in bytes; gradients are not a part, they must fit in the allowance."""
+    shape = plan.model
+    activations = shape.activation_bytes(plan.micro_batch_rows, 4 if "32" in dtype else 2)
+    parts = {"weights": shape.weight_bytes(), "optimizer": shape.optimizer_bytes(), "activations": activations}
+    return {**parts, "allowance": PROCESS_ALLOWANCE, "bound": sum(parts.values()) + PROCESS_ALLOWANCE}
+
+
+def training_lines(figures: dict[str, Any]) -> list[Line]:
+    """The figures as a table for people."""
+    memory = figures["memory"]
+    first, second = figures["bare_runs_tok_per_s"]
+    parts = " + ".join(f"{name} {memory[name] / 1e9:.2f}" for name in ("weights", "optimizer", "activations"))
+    goal = f"of the GEMM peak (goal ≥ {PEAK_GOAL:.0%})"
+    lines = [
+        Line(
+            f"matrix multiplication, {figures['dtype']}",
+            f"{figures['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s",
+            f"{figures['device']}, {figures['threads']} threads, measured between the steps",
+        ),
+        Line(
+            f"forward and backward, {figures['mode']}",
+            f"{figures['forward_backward_tok_per_s']:,.0f} tok/s",
+            f"{figures['forward_backward_of_peak']:.1%} {goal}",
+        ),
+        Line(
+            f"step of {figures['micro_batches']} micro-batches with update",
+            f"{figures['step_tok_per_s']:,.0f} tok/s",
+            f"{figures['step_of_peak']:.1%} {goal}; the two runs had {first:,.0f} and {second:,.0f}",
+        ),
+        Line(
+            "the same through Ray Train and Ray Data",
+            f"{figures['ray_tok_per_s']:,.0f} tok/s",
+            f"cost of Ray {figures['cost_of_ray']:.1%} (goal ≤ {RAY_GOAL:.0%})",
+        ),
+        Line("waiting for data", f"{figures['data_wait']:.2%}", "of the step's time"),
+        Line("peak memory of the bare process", f"{memory['bare_peak'] / 1e9:.2f} GB"),
+    ]
+    if memory["worker_peak"] is not None:
+        beside = f"bound {memory['bound'] / 1e9:.2f} GB = {parts} + 1"
+        lines.append(Line("peak memory of the Ray worker", f"{memory['worker_peak'] / 1e9:.2f} GB", beside))
+    return lines
