@@ -29,3 +29,12 @@ def ray_cluster():
 
     with connect(None, workers=3) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def chat_server():
+    """The one chat server of the session, with a scripted model, in a process and a Ray cluster of its own."""
+    from tests.serving import scripted_server
+
+    with scripted_server() as server:
+        yield server

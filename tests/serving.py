@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -44,18 +45,30 @@ def running(command: list[str], ready: str) -> Iterator[tuple[subprocess.Popen, 
             process.wait()
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+    logs: Path  # where its Ray cluster writes
+
+
 @contextmanager
-def scripted_server() -> Iterator[str]:
-    """The URL of a server with the scripted model."""
-    with running(["-m", "tests.serving", str(free_port())], ready="http://") as (_, url):
-        yield url
+def scripted_server() -> Iterator[Server]:
+    """A server with the scripted model."""
+    with running(["-m", "tests.serving", str(free_port())], ready="http://") as (_, line):
+        url, logs = line.split()
+        yield Server(url, Path(logs))
 
 
 def main(port: int) -> None:
+    import ray
+
     from nanochat_ray.serve.app import app_of, serve_app_until_interrupted
     from tests.fakes import load_scripted
 
-    serve_app_until_interrupted(lambda: app_of(load_scripted, MAX_REPLIES), port, None, print)
+    def on_ready(url: str) -> None:
+        print(url, ray._private.worker._global_node.get_logs_dir_path())
+
+    serve_app_until_interrupted(lambda: app_of(load_scripted, MAX_REPLIES), port, None, on_ready)
 
 
 if __name__ == "__main__":

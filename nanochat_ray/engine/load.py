@@ -54,6 +54,7 @@ def load_chat_model(
     activations, _ = pick_dtype(on, dtype)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     model, plan, step = load_model(folder / stage, on, activations)
+    model.freeze(activations)
     about = {
         "run": run,
         "stage": stage,

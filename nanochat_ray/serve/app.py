@@ -11,6 +11,7 @@ Nothing a user wrote is logged.
 """
 
 import functools
+import logging
 import signal
 import socket
 import threading
@@ -254,6 +255,7 @@ def serve_app_until_interrupted(
 ) -> None:
     """As `serve_until_interrupted`, for the application that `build` makes once the cluster is there."""
     require_free_port(port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with connect(address), _signals_interrupt():
         serve.start(
             http_options={"host": HOST, "port": port},
