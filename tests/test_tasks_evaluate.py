@@ -2,9 +2,12 @@
 
 import pytest
 
+from jobs.chat_eval import answerer
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.tasks.conversations import exchange, exchange_with_tool
 from nanochat_ray.tasks.evaluate import JUDGES, accuracies, ask, first_of_each, shown
 from nanochat_ray.tasks.mixture import Example
+from tests.fakes import ByteTokenizer, ScriptedModel, script
 
 SUM = exchange_with_tool("What is 2 + 3?", "2+3", "5", "The answer is 5.")
 DOC = exchange("What does f do?", "Return a list of `x`.")
@@ -70,3 +73,17 @@ def test_at_most_so_many_of_each_source_in_their_order():
 def test_a_reply_is_shown_with_its_tool_calls():
     assert shown(SUM[1]["content"]) == "[2+3 → 5] The answer is 5."
     assert shown("plain") == "plain"
+
+
+def test_the_job_asks_the_engine_and_keeps_its_tool_calls():
+    model = ScriptedModel({"2 + 3": script("=2+3", "The answer is 5."), "": []})
+    engine = Engine(model, ByteTokenizer())
+    (answer,) = ask(answerer(engine, max_tokens=64), [Example("arithmetic", SUM)])
+    assert answer.right
+    assert answer.answer == "[2+3 → 5] The answer is 5."
+
+
+def test_a_question_that_does_not_fit_the_context_counts_as_wrong():
+    engine = Engine(ScriptedModel({}, context=8), ByteTokenizer())
+    (answer,) = ask(answerer(engine, max_tokens=64), [Example("arithmetic", SUM)])
+    assert answer.right is False
