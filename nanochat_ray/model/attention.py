@@ -3,7 +3,7 @@
 A window w lets position i see the keys i−w … i. Grouped queries: head h reads key/value head h // (H / G).
 """
 
-import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ def causal_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.T
     """Attention of positions 0 … T−1 to themselves, in the inputs' dtype; (B, T, H, K)."""
     if flash_reason(q_BTHK.device, q_BTHK.dtype)[0]:
         return _flash_attention(q_BTHK, k_BTGK, v_BTGK, window)
-    # bf16 on the CPU: its attention kernel is 4 to 9 times slower than the fp32 one (forward and backward, T = 512,
-    # AVX512-BF16), so the casts pay for themselves many times over.
+    # torch's CPU attention kernel is faster in fp32 than in bf16, casts included: 4 to 9 times, forward and backward at
+    # T = 512, on a CPU without bf16 units; not measured on one with them.
     dtype = torch.float32 if q_BTHK.device.type == "cpu" else q_BTHK.dtype
     q_BHTK, k_BGTK, v_BGTK = (x.to(dtype).transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     length = q_BTHK.shape[1]
@@ -119,7 +119,6 @@ def _banded_attention(q_BHTK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.
     return torch.cat((first_BHWK, rest_BHTK), dim=2)
 
 
-@functools.cache
 def flash_reason(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether training attention runs through torch's variable-length flash kernel, and why or why not."""
     if device.type != "cuda":
@@ -138,15 +137,18 @@ def _flash_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.T
     rows, length, heads, _ = q_BTHK.shape
     starts = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=q_BTHK.device)
     left = window if window < length - 1 else -1
-    y_NHK = varlen_attn(
-        q_BTHK.flatten(0, 1),
-        k_BTGK.flatten(0, 1),
-        v_BTGK.flatten(0, 1),
-        starts,
-        starts,
-        length,
-        length,
-        window_size=(left, 0),
-        enable_gqa=heads != k_BTGK.shape[2],
+    y_NHK = cast(
+        torch.Tensor,
+        varlen_attn(
+            q_BTHK.flatten(0, 1),
+            k_BTGK.flatten(0, 1),
+            v_BTGK.flatten(0, 1),
+            starts,
+            starts,
+            length,
+            length,
+            window_size=(left, 0),
+            enable_gqa=heads != k_BTGK.shape[2],
+        ),
     )
     return y_NHK.view_as(q_BTHK)

@@ -1,11 +1,49 @@
-"""The training forward through torch.compile, where that is possible."""
+"""The training forward through torch.compile, where that is possible and pays."""
 
-from collections.abc import Callable
+import importlib.util
+import os
+import shutil
+from typing import Protocol
 
 import torch
 
 from nanochat_ray.model.gpt import GPT
 
 
-def compile_for_training(model: GPT, wanted: bool | None = None) -> tuple[Callable[..., torch.Tensor], str]:
-    return model, "eager"
+class Losses(Protocol):
+    """`model(inputs_BT, targets_BT, reduction)`, compiled or not."""
+
+    def __call__(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, reduction: str = "mean") -> torch.Tensor: ...
+
+
+def compile_for_training(model: GPT, wanted: bool | None = None) -> tuple[Losses, str]:
+    """The training forward of `model`, and how it runs and why.
+
+    The layers are compiled, for one shape of micro-batch; the loss is already arranged for speed and stays as it is.
+
+    Args:
+        wanted: True to compile wherever possible, False never, None where it pays: on a GPU. On the CPU compiling
+            takes one to five minutes and gains nothing in fp32, and about a fifth in bf16 for long runs.
+    """
+    if wanted is False:
+        return model, "eager: compiling is switched off"
+    if wanted is None and model.device.type == "cpu":
+        return model, "eager: on the CPU, compiling pays only for long runs in bf16"
+    if obstacle := compile_obstacle(model.device):
+        return model, f"eager: {obstacle}"
+    hidden = torch.compile(model.hidden, dynamic=False)
+
+    def losses(inputs_BT: torch.Tensor, targets_BT: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        rotary = model.rotary(inputs_BT.shape[1], inputs_BT.device, model.dtype)
+        return model.loss(hidden(inputs_BT, rotary), targets_BT, reduction)
+
+    return losses, "compiled"
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot work for this device, or None."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+        return "torch.compile needs a C++ compiler and found neither g++ nor clang++"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs the triton package on CUDA"
+    return None

@@ -145,7 +145,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict(
             {str(layer): nn.Embedding(vocab, config.kv_width) for layer in config.value_embedding_layers}
         )
-        self._rotary = RotaryTables(config.head_size)
+        self.rotary = RotaryTables(config.head_size)
 
     @property
     def blocks(self) -> list[Block]:
@@ -169,7 +169,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every weight. The same seed gives the same weights on every device, whatever else drew random numbers."""
+        """Fill every weight; the same seed gives the same weights on every device, whatever else drew numbers."""
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def normal(weight: torch.Tensor, deviation: float) -> None:
@@ -205,7 +205,7 @@ class GPT(nn.Module):
         Args:
             reduction: "mean" over counted targets, "sum", or "none" for losses (B, T), 0 where ignored.
         """
-        rotary = self._rotary(ids_BT.shape[1], ids_BT.device, self.dtype)
+        rotary = self.rotary(ids_BT.shape[1], ids_BT.device, self.dtype)
         x_BTD = self.hidden(ids_BT, rotary)
         return self.logits(x_BTD) if targets_BT is None else self.loss(x_BTD, targets_BT, reduction)
 
@@ -245,7 +245,7 @@ class GPT(nn.Module):
         """
         count = ids_BT.shape[1]
         positions = cache.positions(count)
-        cos_SP, sin_SP = self._rotary(positions.stop, ids_BT.device, self.dtype)
+        cos_SP, sin_SP = self.rotary(positions.stop, ids_BT.device, self.dtype)
         x_BTD = self._embed(ids_BT)
         previous_BTD = torch.cat((cache.previous_BD.unsqueeze(1).to(x_BTD.dtype), x_BTD[:, :-1]), dim=1)
         last_embedding_BD = x_BTD[:, -1]
