@@ -12,6 +12,7 @@ Nothing a user wrote is logged.
 
 import functools
 import logging
+import os
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import ray
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -92,9 +94,11 @@ class ChatServer:
     Args:
         load: makes the model; called in the replica.
         max_replies: how many replies are written at the same time.
+        threads: of the model on a CPU; None takes all cores. (Ray would tell torch to use one.)
     """
 
-    def __init__(self, load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES) -> None:
+    def __init__(self, load: Callable[[], ChatModel], max_replies: int, threads: int | None) -> None:
+        torch.set_num_threads(threads or os.cpu_count() or 1)
         self.chat = load()
         self.engine = EngineThread(self.chat.engine, max_replies)
         self.started = time.time()
@@ -223,7 +227,8 @@ def app_of(load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES) -> ser
     """
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     deployment = cast(serve.Deployment, ChatServer).options(ray_actor_options={"num_cpus": 1, "num_gpus": gpus})
-    return deployment.bind(load, max_replies)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return deployment.bind(load, max_replies, int(threads) if threads.isdigit() else None)
 
 
 def serve_until_interrupted(
