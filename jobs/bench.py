@@ -92,7 +92,8 @@ def _train(args: argparse.Namespace, plan: Plan, corpus: "Corpus", tokenizer: "T
     from nanochat_ray.bench.measurement import print_table
     from nanochat_ray.bench.train_bench import measure_training, training_lines
 
-    figures = measure_training(plan, tokenizer, corpus, args.dtype, args.compile)
+    compiled = args.compile == "on" or (args.compile == "auto" and not args.quick)  # auto: as a long run would be
+    figures = measure_training(plan, tokenizer, corpus, args.dtype, compiled)
     print_table(f"train: {_model(plan)}", training_lines(figures), figures["machine"])
     return figures
 

@@ -50,7 +50,7 @@ class BareRun:
 
 
 def measure_training(
-    plan: Plan, tokenizer: Tokenizer, corpus: Corpus, dtype: str | None, compile: str
+    plan: Plan, tokenizer: Tokenizer, corpus: Corpus, dtype: str | None, compiled: bool
 ) -> dict[str, Any]:
     """Bare loop, the same through Ray, bare loop again, so that a machine that changes its speed is noticed.
 
@@ -58,7 +58,8 @@ def measure_training(
 
     Args:
         plan: its first WARMUP_STEPS steps are not counted.
-        dtype, compile: as the flags of training jobs.
+        dtype: by name; None takes what the hardware multiplies best.
+        compiled: with torch.compile, as long runs are, whose few minutes of compilation pay.
     """
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     with tempfile.TemporaryDirectory() as folder, Watch() as watch:
@@ -74,13 +75,13 @@ def measure_training(
             cadence=Cadence(eval_every_steps=NEVER, checkpoint_every_s=NEVER),
             keep_checkpoints=1,
             dtype=dtype,
-            compile=compile,
+            compile="on" if compiled else "off",
         )
-        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compile)]
+        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compiled)]
         with connect(None, workers=1) as cluster:
             run_training(job, cluster, (1, 1))
         steps = [event for event in read_events(job.stage) if event["kind"] == "step"][WARMUP_STEPS:]
-        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compile))
+        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compiled))
     bare_peak = max(watch.peaks[run.process][1] for run in bare)
     return _figures(plan, bare, steps) | {
         "memory": _memory(plan, bare[0].dtype) | {"worker_peak": watch.peak_of(WORKER_NAME), "bare_peak": bare_peak},
@@ -94,7 +95,7 @@ def bare_loop(
     units: Sequence[Unit],
     identity: StreamIdentity,
     dtype_name: str | None,
-    compile: str,
+    compiled: bool,
 ) -> BareRun:
     """The plan's steps in this process, without Ray.
 
@@ -107,7 +108,7 @@ def bare_loop(
     model = build_model(plan)
     model.to(device).set_dtype(dtype)
     optimizer = build_optimizer(model, plan.rates, dtype)
-    losses, mode = compile_for_training(model, compile)
+    losses, mode = compile_for_training(model, compiled)
 
     def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return losses(inputs_BT, targets_BT, reduction="sum")
@@ -196,9 +197,9 @@ def training_lines(figures: dict[str, Any]) -> list[Line]:
             f"{figures['device']}, {figures['threads']} threads, measured between the steps",
         ),
         Line(
-            f"forward and backward, {figures['mode']}",
+            "forward and backward",
             f"{figures['forward_backward_tok_per_s']:,.0f} tok/s",
-            f"{figures['forward_backward_of_peak']:.1%} {goal}",
+            f"{figures['forward_backward_of_peak']:.1%} {goal}; {figures['mode']}",
         ),
         Line(
             f"step of {figures['micro_batches']} micro-batches with update",
