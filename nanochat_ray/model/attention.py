@@ -35,6 +35,12 @@ class RotaryTables:
 
     def _compute(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         length = 1 << (length - 1).bit_length()  # powers of two: a growing conversation rarely recomputes
+        with torch.inference_mode(False):  # tables that inference made first must serve training, too
+            return self._cosines_and_sines(length, device, dtype)
+
+    def _cosines_and_sines(
+        self, length: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         channels = torch.arange(0, self._head_size, 2, dtype=torch.float32, device=device)
         frequencies = ROTARY_BASE ** (-channels / self._head_size)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
@@ -59,7 +65,7 @@ def causal_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.T
     length = q_BTHK.shape[1]
     if window >= length - 1:
         y_BHTK = _sdpa(q_BHTK, k_BGTK, v_BGTK, causal=True)
-    elif length >= 2 * window and length % window == 0:
+    elif 0 < 2 * window <= length and length % window == 0:
         y_BHTK = _banded_attention(q_BHTK, k_BGTK, v_BGTK, window)
     else:
         y_BHTK = _sdpa(q_BHTK, k_BGTK, v_BGTK, mask=window_mask(length, length, window, q_BTHK.device))
