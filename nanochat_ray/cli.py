@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ def run(
 ) -> int:
     """Run a job and return its exit code: 0 done, 1 failed, 2 wrong usage."""
     args = parser.parse_args(argv)
+    # Before torch is imported: OpenMP threads that spin collapse as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         figures = main(args)
     except UsageError as error:
