@@ -27,6 +27,7 @@ def reply_of(source, reference, reply):
         ("arithmetic", SUM[1]["content"], SUM[1]["content"], True),
         ("arithmetic", SUM[1]["content"], "The answer is 5.", False),  # guessed: the calculator was not called
         ("arithmetic", SUM[1]["content"], exchange_with_tool("", "2+4", "6", "The answer is 6.")[1]["content"], False),
+        ("counting", SUM[1]["content"], exchange_with_tool("", "1+4", "5", "The answer is 5.")[1]["content"], False),
         ("gsm8k", "so\n#### 1,200", "it is\n#### 1200", True),
         ("gsm8k", "so\n#### 12", "it is 12", False),
         ("mmlu", "B", "B", True),

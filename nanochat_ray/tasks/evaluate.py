@@ -37,9 +37,10 @@ def same_words(reply: Content, reference: Content) -> bool:
     return _words(spoken_text(reply)) == _words(spoken_text(reference))
 
 
-def same_result(reply: Content, reference: Content) -> bool:
-    """The calculator was called, and the last number said is the reference's last number."""
-    return _called(reply) > 0 and _last_number(spoken_text(reply)) == _last_number(spoken_text(reference))
+def same_calculation(reply: Content, reference: Content) -> bool:
+    """The calculator was called as in the reference, and the last number said is the reference's last number."""
+    same_calls = _calls(reply) == _calls(reference)
+    return same_calls and _last_number(spoken_text(reply)) == _last_number(spoken_text(reference))
 
 
 def same_letter(reply: Content, reference: Content) -> bool:
@@ -60,8 +61,8 @@ JUDGES: dict[str, Judge] = {
     "identity": same_words,
     "small talk": same_words,
     "spelling": same_words,
-    "arithmetic": same_result,
-    "counting": same_result,
+    "arithmetic": same_calculation,
+    "counting": same_calculation,
     "gsm8k": same_final_number,
     "mmlu": same_letter,
     "arc-easy": same_letter,
@@ -82,7 +83,7 @@ def ask(generate: Generate, examples: Iterable[Example]) -> list[Answer]:
                 question=spoken_text(prompt[-1]["content"]),
                 answer=shown(reply),
                 right=judge(reply, reference) if judge else None,
-                tool_calls=_called(reply),
+                tool_calls=len(_calls(reply)),
             )
         )
     return answers
@@ -125,8 +126,8 @@ def shown(content: Content) -> str:
     return "".join(pieces).strip()
 
 
-def _called(content: Content) -> int:
-    return sum(part["type"] == "python" for part in parts_of(content))
+def _calls(content: Content) -> list[str]:
+    return [part["text"].replace(" ", "") for part in parts_of(content) if part["type"] == "python"]
 
 
 def _words(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from nanochat_ray.tasks.mixture import Mixture, Source, build_mixture
 from nanochat_ray.tasks.multiple_choice import ARC_CHALLENGE, ARC_EASY, MMLU, load_arc, load_mmlu
 from nanochat_ray.tasks.public_sets import PublicSet
 from nanochat_ray.tasks.spelling import counting, spelling
-from nanochat_ray.tasks.words import WORDS
+from nanochat_ray.tasks.words import FEW_WORDS, WORDS
 
 PUBLIC_CHATS = "HuggingFaceTB/smol-smoltalk"
 GENERATED_TESTS = 200  # test questions of each generated set
@@ -68,15 +68,15 @@ def demo_mixture(seed: int) -> Mixture:
     Few answers, short and always said the same way; small numbers; a small set of words. The functions asked about
     are those of the Python that runs this, as in the demo corpus.
     """
-    functions = choose_functions(documented_functions(), 160)
+    functions = choose_functions(documented_functions(), 96)
     about_functions = partial(documentation, functions)
     return build_mixture(
         [
-            _generated("documentation", about_functions, seed, 16 * len(functions), len(functions)),
-            _generated("arithmetic", partial(arithmetic, max_operand=99), seed, 3_000, 100),
-            _generated("counting", partial(counting, words=WORDS[:120]), seed, 1_500, 100),
-            _generated("identity", identity, seed, 600, 30),
-            _generated("small talk", small_talk, seed, 200, 16),
+            _generated("documentation", about_functions, seed, 28 * len(functions), len(functions)),
+            _generated("arithmetic", partial(arithmetic, max_operand=99), seed, 2_500, 100),
+            _generated("counting", partial(counting, words=FEW_WORDS), seed, 1_500, 100),
+            _generated("identity", identity, seed, 800, 30),
+            _generated("small talk", small_talk, seed, 500, 16),
         ],
         seed,
     )

@@ -30,3 +30,11 @@ snowflake soldier station strawberry student sunflower swimming teacher telephon
 vegetable village volcano watermelon weather whisper
 """
 WORDS = tuple(_TEXT.split())
+
+# What a tiny model can learn to write letter by letter in a minute; the tokens of a word change behind a quote mark.
+_FEW = """
+ant apple banana bee bird book butter cat coffee computer dog door egg fish flower fox garden honey horse house kitten
+lemon letter lion moon mouse onion pepper pizza potato rabbit rain river salad school seven sheep snow spoon strawberry
+sugar summer sun tomato tree water winter yellow
+"""
+FEW_WORDS = tuple(_FEW.split())
