@@ -203,7 +203,8 @@ def test_where_compiling_cannot_work_training_runs_eagerly_and_says_why(monkeypa
 
 @pytest.mark.slow
 def test_the_compiled_forward_gives_the_same_loss_and_gradients():
-    model, ids, targets = lively_model(TINY), random_ids(2, 16), random_ids(2, 16, seed=1)
+    config = GPTConfig(16, 90, 2, 4, 2, 32, "L")
+    model, ids, targets = lively_model(config), random_ids(2, 16), random_ids(2, 16, seed=1)
     losses, mode = compile_for_training(model, wanted=True)
     assert mode == "compiled"
     results = []
