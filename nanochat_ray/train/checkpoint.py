@@ -151,7 +151,7 @@ def load_model(
     """The newest valid model of a stage, ready for inference, with its plan and step.
 
     Args:
-        dtype: of the activations.
+        dtype: of the activations and of the stored matrices.
 
     Raises:
         UserError: the stage has no usable checkpoint.
@@ -165,4 +165,4 @@ def load_model(
     plan = checkpoints.state(step).plan
     model = build_model(plan)
     model.load_state_dict(checkpoints.model(step))
-    return model.to(device).set_dtype(dtype).eval(), plan, step
+    return model.to(device).freeze(dtype), plan, step
