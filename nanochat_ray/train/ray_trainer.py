@@ -212,7 +212,7 @@ class _Worker:
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.state = job.saved_state() or TrainState(job.plan, Cursor(job.identity))
-        self.model = build_model(job.plan)
+        self.model = build_model(job.plan).to(self.world.device).set_dtype(self.dtype)
         self.optimizer = build_optimizer(self.model, job.plan.rates, self.dtype)
         self._load()
         self.peak_flops = gemm_peak(device, self.dtype) * self.world.size
@@ -263,7 +263,6 @@ class _Worker:
             base_step = base.newest_valid(warn)
             assert base_step is not None, "the job checked that the initial model is there"
             self.model.load_state_dict(base.model(base_step))
-        self.model.to(self.world.device).set_dtype(self.dtype)
 
     def _wants_compilation(self) -> bool:
         """Compiling costs a CPU about a minute and then saves a sixth of the time: worth it in runs of some length."""
