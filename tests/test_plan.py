@@ -175,7 +175,7 @@ def test_differences_name_each_field_and_ignore_how_it_was_asked_for():
 def test_the_tiny_preset_is_small_enough_for_a_cpu_demo():
     plan = make_plan(preset="tiny")
     assert (plan.depth, plan.model.n_embd, plan.model.head_size, plan.model.vocab_size) == (4, 256, 64, 4096)
-    assert (plan.model.sequence_len, plan.micro_batch_rows, plan.micro_batches, plan.batch_tokens) == (256, 16, 2, 8192)
+    assert (plan.model.sequence_len, plan.micro_batch_rows, plan.micro_batches, plan.batch_tokens) == (256, 8, 2, 4096)
     assert plan.warmup_steps == min(40, plan.steps // 10)
     assert plan.flops < 1e14
 
@@ -208,7 +208,7 @@ def test_another_horizon_changes_neither_batch_nor_rates_nor_decay(horizon):
 
 def test_overrides_replace_a_preset_and_free_what_hung_on_it():
     plan = make_plan(preset="tiny", sequence_len=1024, tokens=81920)
-    assert (plan.model.sequence_len, plan.micro_batch_rows, plan.micro_batches, plan.steps) == (1024, 8, 1, 10)
+    assert (plan.model.sequence_len, plan.micro_batch_rows, plan.micro_batches, plan.steps) == (1024, 4, 1, 20)
     assert plan.rules["sequence_len"] == "given (--sequence-len)"
 
 
@@ -327,12 +327,31 @@ def test_momentum_never_jumps_however_short_the_run(steps):
     assert all(abs(after - before) <= limit for before, after in pairwise(values))
 
 
-def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
+def test_the_rates_of_the_tiny_preset_are_scaled_up_and_the_plan_says_so():
+    plan, by_rule = (
+        make_plan(preset="tiny"),
+        make_plan(4, head_size=64, vocab_size=4096, sequence_len=256, batch_tokens=4096),
+    )
+    assert plan.rates.matrix == pytest.approx(4 * by_rule.rates.matrix)
+    assert plan.rates.smear == by_rule.rates.smear
+    assert "4 · (preset tiny) 0.02 · sqrt(B/2^19), Muon" in table(plan)
+    assert "preset tiny) 0.02" not in table(by_rule)
+
+
+def test_finetuning_the_tiny_preset_takes_smaller_batches_at_higher_rates():
     base = make_plan(preset="tiny")
     plan = sft_plan(base, rows=640)
+    assert (plan.batch_tokens, plan.micro_batches) == (2048, 1)
+    assert plan.rates.matrix == pytest.approx(1.5 * base.rates.matrix)
+    assert sft_plan(base, rows=640, batch_tokens=4096).batch_tokens == 4096
+
+
+def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
+    base = make_plan(preset="d12")
+    plan = sft_plan(base, rows=64_000)
     assert plan.stage == SFT
     assert (plan.model, plan.batch_tokens, plan.micro_batches) == (base.model, base.batch_tokens, base.micro_batches)
-    assert plan.steps == 640 // base.rows_per_step
+    assert plan.steps == 64_000 // base.rows_per_step
     assert plan.rates.matrix == pytest.approx(0.8 * base.rates.matrix)
     assert lr_multiplier(plan, 0) == 1.0
     assert lr_multiplier(plan, plan.steps) == 0.0
@@ -343,7 +362,7 @@ def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
 
 def test_finetuning_refuses_less_than_one_step_of_rows_and_uneven_batches():
     base = make_plan(preset="tiny")
-    with pytest.raises(UsageError, match="3 finetuning rows are less than one step of 32"):
+    with pytest.raises(UsageError, match="3 finetuning rows are less than one step of 8"):
         sft_plan(base, rows=3)
     with pytest.raises(UsageError, match="nearest that work"):
         sft_plan(base, rows=1000, batch_tokens=5000)

@@ -71,12 +71,13 @@ def _horizon_rows(plan: Plan) -> list[Row]:
 
 def _optimizer_rows(plan: Plan) -> list[Row]:
     rates = plan.rates
+    scale = plan.rules.get("rate_scale", "")
     rows = [
-        ("rate, embedding", f"{rates.embedding:.4g}", "0.3 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
+        ("rate, embedding", f"{rates.embedding:.4g}", scale + "0.3 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
         ("rate, value embeddings", f"{rates.value_embedding:.4g}", "half the embedding rate"),
-        ("rate, unembedding", f"{rates.unembedding:.4g}", "0.008 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
-        ("rate, matrices", f"{rates.matrix:.4g}", "0.02 · sqrt(B/2^19), Muon"),
-        ("rate, x0 scalars", f"{rates.scalar:.4g}", "0.5 · sqrt(B/2^19), AdamW"),
+        ("rate, unembedding", f"{rates.unembedding:.4g}", scale + "0.008 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
+        ("rate, matrices", f"{rates.matrix:.4g}", scale + "0.02 · sqrt(B/2^19), Muon"),
+        ("rate, x0 scalars", f"{rates.scalar:.4g}", scale + "0.5 · sqrt(B/2^19), AdamW"),
         ("rate, residual scalars", f"{rates.residual_scalar:.4g}", "a hundredth of it"),
         ("rate, smear and backout", f"{rates.smear:.4g}", "fixed"),
     ]
