@@ -45,8 +45,7 @@ RESTARTS_WITHOUT_PROGRESS = 2  # lost machines may restart a run for ever, a bug
 CPUS_PER_DATA_TASK = 0.5
 EVALS_PER_RUN = 4
 EVAL_FRACTION = 50
-EXPECTED_MFU = 0.4
-COMPILE_ABOVE_S = 600.0
+COMPILE_ABOVE_FLOPS = 1e14  # a quarter of an hour of two cores
 MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2**14, 40 * 2**19
 
 
@@ -268,10 +267,8 @@ class _Worker:
         """Compiling costs a CPU about a minute and then saves a sixth of the time: worth it in runs of some length."""
         if self.job.compile != "auto":
             return self.job.compile == "on"
-        plan = self.job.plan
-        flops_left = plan.flops_per_token * plan.batch_tokens * (plan.steps - self.state.cursor.step)
-        seconds_left = flops_left / (EXPECTED_MFU * self.peak_flops)
-        return self.world.device.type == "cuda" or seconds_left > COMPILE_ABOVE_S
+        flops = self.job.plan.flops  # of the whole stage, so that a resumed run computes as before
+        return self.world.device.type == "cuda" or flops > COMPILE_ABOVE_FLOPS
 
     def _summed_loss(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return self.losses(inputs_BT, targets_BT, reduction="sum")
