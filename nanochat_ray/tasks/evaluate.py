@@ -102,15 +102,18 @@ def first_of_each(items: Iterable[FromSource], per_source: int) -> list[FromSour
 
 def accuracies(answers: Iterable[Answer]) -> dict[str, dict[str, Any]]:
     """Per judged source: the fraction that is right, how many were asked, and how many replies called the tool."""
-    tasks: dict[str, dict[str, Any]] = {}
+    judged: dict[str, list[Answer]] = {}
     for answer in answers:
-        if answer.right is None:
-            continue
-        task = tasks.setdefault(answer.source, {"accuracy": 0.0, "examples": 0, "tool_calls": 0})
-        task["accuracy"] = (task["accuracy"] * task["examples"] + answer.right) / (task["examples"] + 1)
-        task["examples"] += 1
-        task["tool_calls"] += answer.tool_calls > 0
-    return dict(sorted(tasks.items()))
+        if answer.right is not None:
+            judged.setdefault(answer.source, []).append(answer)
+    return {
+        source: {
+            "accuracy": sum(bool(answer.right) for answer in given) / len(given),
+            "examples": len(given),
+            "tool_calls": sum(answer.tool_calls > 0 for answer in given),
+        }
+        for source, given in sorted(judged.items())
+    }
 
 
 def shown(content: Content) -> str:
