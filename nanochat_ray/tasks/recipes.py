@@ -68,11 +68,11 @@ def demo_mixture(seed: int) -> Mixture:
     Few answers, short and always said the same way; small numbers; a small set of words. The functions asked about
     are those of the Python that runs this, as in the demo corpus.
     """
-    functions = choose_functions(documented_functions(), 96)
+    functions = choose_functions(documented_functions(), 160)
     about_functions = partial(documentation, functions)
     return build_mixture(
         [
-            _generated("documentation", about_functions, seed, 28 * len(functions), len(functions)),
+            _generated("documentation", about_functions, seed, 16 * len(functions), len(functions)),
             _generated("arithmetic", partial(arithmetic, max_operand=99), seed, 2_500, 100),
             _generated("counting", partial(counting, words=FEW_WORDS), seed, 1_500, 100),
             _generated("identity", identity, seed, 800, 30),
