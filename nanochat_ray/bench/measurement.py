@@ -65,7 +65,7 @@ class Watch:
 
     After the block:
         peaks    {process id: (name, highest resident bytes)}, sampled, and exact up to the last sample on Linux
-        cpu_s    CPU seconds of all of them
+        cpu_s    CPU seconds of all of them; what a process used after its last sample is missed
         others   mean number of cores that other programs kept busy meanwhile
         load     1-minute load average before and after
     """
