@@ -1,14 +1,13 @@
 """Training on a real local cluster: one loss curve for any number of workers and any history, and clear refusals."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -140,14 +139,15 @@ def test_a_killed_run_goes_on_when_the_same_command_is_given_again(workplace, ca
     deadline = time.monotonic() + 120
     while len(steps_of(folder)) < 7 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.kill()  # the driver and its cluster at once, as when the power fails
     job.wait()
     reached = len(steps_of(folder))
     assert 7 <= reached < STEPS
     assert pretrain_run(workplace, "killed", "--workers", "2") == 0
     starts = [event["step"] for event in read_events(folder / "base") if event["kind"] == "start"]
     assert starts[0] == 0
-    assert 6 <= starts[1] <= reached
+    assert 6 <= starts[1] <= reached + 1  # a step may have been saved but not yet logged
     assert_same_history(folder, calm)
 
 
