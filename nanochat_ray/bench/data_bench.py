@@ -14,7 +14,7 @@ from nanochat_ray.cluster import connect
 from nanochat_ray.data.corpus import Unit, read_unit
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.packing import passages
-from nanochat_ray.stream.ray_stream import StreamPlan, micro_batch_dataset, read_micro_batches
+from nanochat_ray.stream.ray_stream import micro_batch_dataset, read_micro_batches
 from nanochat_ray.stream.rows import MicroBatch, PretrainingRows, micro_batches
 from nanochat_ray.tokenizer import Tokenizer
 
@@ -38,8 +38,7 @@ def measure_data(tokenizer: Tokenizer, units: Sequence[Unit], sequence_len: int,
         plain = [_plain_seconds(source, units, rows, count)]
         with Watch() as ray_watch, connect(None, workers=1):
             began = time.perf_counter()
-            stream = StreamPlan(source, tuple(units), rows, SEED)
-            dataset = micro_batch_dataset(stream, RowId(0, 0, 0), count * size, CPUS_PER_TASK)
+            dataset = micro_batch_dataset(source, units, rows, SEED, RowId(0, 0, 0), count * size, CPUS_PER_TASK)
             dataset.context.execution_options.preserve_order = True
             dataset.context.enable_progress_bars = False
             first_s, warm_s = _arrivals(read_micro_batches(dataset.iterator(), rows), count, began)

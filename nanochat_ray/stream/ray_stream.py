@@ -7,19 +7,18 @@ back-pressure. Three things together keep the order (tests/test_ray_stream.py le
 - `preserve_order`, and Ray Train's equal split, which deals block j to worker j mod W.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
-from ray import cloudpickle
 from ray.data import Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from nanochat_ray.data.corpus import Unit
 from nanochat_ray.stream.cursor import RowId
-from nanochat_ray.stream.rows import MicroBatch, RowSource, unit_columns, visits_from
+from nanochat_ray.stream.rows import MicroBatch, RowSource, Visit, visit_rows, visits_from
 
 # A unit visit is planned for every this many bytes of text still needed, as if packing lost half and a token were
 # 8 bytes long; far more than any real corpus needs. Running out is not an error: the stream is then planned anew.
@@ -27,52 +26,39 @@ BYTES_PER_TOKEN_MARGIN = 16
 MIN_VISITS = 16
 
 
-@dataclass(frozen=True)
-class StreamPlan:
-    """All that the stream depends on besides where it starts. Plain data, sent to the controller and to tasks."""
-
-    source: RowSource
-    units: tuple[Unit, ...]
-    micro_batch_rows: int
-    seed: int
-
-    def visits(self, start: RowId, tokens: int) -> list[tuple[int, int, int]]:
-        """Unit visits from `start` on that surely hold `tokens` tokens."""
-        wanted_bytes, visits = tokens * BYTES_PER_TOKEN_MARGIN, []
-        for visit in visits_from(len(self.units), start):
-            visits.append(visit)
-            wanted_bytes -= self.units[visit[1]].bytes
-            if wanted_bytes <= 0 and len(visits) >= MIN_VISITS:
-                return visits
-        raise AssertionError("visits_from never ends")
-
-
-def micro_batch_dataset(plan: StreamPlan, start: RowId, tokens: int, cpus_per_task: float) -> Dataset:
+def micro_batch_dataset(
+    source: RowSource,
+    units: Sequence[Unit],
+    micro_batch_rows: int,
+    seed: int,
+    start: RowId,
+    tokens: int,
+    cpus_per_task: float,
+) -> Dataset:
     """A Ray dataset whose j-th block is the j-th micro-batch from `start` on; long enough for `tokens` tokens."""
-    plan_ref = ray.put(cloudpickle.dumps(plan))
-    items = [{"visit": np.array(visit)} for visit in plan.visits(start, tokens)]
+    source_ref = ray.put(source)  # once for all tasks: it carries the tokenizer
 
-    def read_tokenize_pack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        plan = _cached_plan(ray.get(plan_ref), plan_ref.hex())
-        epoch, position, skip = map(int, batch["visit"][0])
-        return unit_columns(plan.source, plan.units, epoch, position, skip, plan.seed)
+    def read_tokenize_pack(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        visit = Visit(*(int(item[name][0]) for name in Visit._fields))
+        unit = Unit(str(item["shard"][0]), *(int(item[name][0]) for name in ("row_group", "documents", "bytes")))
+        return visit_rows(ray.get(source_ref), unit, visit, seed)
 
+    items = [{**visit._asdict(), **asdict(units[visit.unit])} for visit in _enough_visits(units, start, seed, tokens)]
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(read_tokenize_pack, batch_size=1, num_cpus=cpus_per_task)
-        .repartition(target_num_rows_per_block=plan.micro_batch_rows, strict=True)
+        .repartition(target_num_rows_per_block=micro_batch_rows, strict=True)
     )
 
 
-_PLANS: dict[str, StreamPlan] = {}
-
-
-def _cached_plan(pickled: bytes, key: str) -> StreamPlan:
-    """The plan, unpickled once per worker process: a tokenizer takes longer to build than a unit to read."""
-    if key not in _PLANS:
-        _PLANS.clear()
-        _PLANS[key] = cloudpickle.loads(pickled)
-    return _PLANS[key]
+def _enough_visits(units: Sequence[Unit], start: RowId, seed: int, tokens: int) -> list[Visit]:
+    visits, wanted_bytes = [], tokens * BYTES_PER_TOKEN_MARGIN
+    for visit in visits_from(len(units), start, seed):
+        visits.append(visit)
+        wanted_bytes -= units[visit.unit].bytes
+        if wanted_bytes <= 0 and len(visits) >= MIN_VISITS:
+            break
+    return visits
 
 
 def ordered_data_config() -> DataConfig:

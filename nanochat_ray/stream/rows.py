@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -108,25 +108,34 @@ def stream_hash(digests: Iterable[int]) -> str:
     return hasher.hexdigest()
 
 
-def unit_columns(
-    source: RowSource, units: Sequence[Unit], epoch: int, position: int, skip: int, seed: int
-) -> dict[str, np.ndarray]:
-    """The rows of the unit at a position of an epoch, from row `skip` on, as columns `row_id`, `tokens`, `cropped`."""
-    unit = int(epoch_order(len(units), epoch, seed)[position])
-    tokens_NT, cropped_N = source.rows(units[unit])
-    order = row_order(len(tokens_NT), epoch, unit, seed)[skip:]
-    row_ids = np.empty((len(order), 3), dtype=np.int64)
-    row_ids[:, 0], row_ids[:, 1], row_ids[:, 2] = epoch, position, np.arange(skip, skip + len(order))
-    return {"row_id": row_ids, "tokens": tokens_NT[order], "cropped": cropped_N[order]}
+class Visit(NamedTuple):
+    """One reading of a unit: the `position`-th of `epoch`, from row `skip` on. `unit` is its index in the corpus."""
+
+    epoch: int
+    position: int
+    unit: int
+    skip: int
 
 
-def visits_from(units: int, start: RowId) -> Iterator[tuple[int, int, int]]:
-    """(epoch, position, rows to skip) of every unit visit from `start` on, without end."""
+def visits_from(units: int, start: RowId, seed: int) -> Iterator[Visit]:
+    """The unit visits from `start` on, without end."""
     epoch, position, skip = start.epoch, start.position, start.row
     while True:
-        yield epoch, position, skip
-        skip = 0
-        epoch, position = (epoch, position + 1) if position + 1 < units else (epoch + 1, 0)
+        order = epoch_order(units, epoch, seed)
+        for place in range(position, units):
+            yield Visit(epoch, place, int(order[place]), skip)
+            skip = 0
+        epoch, position = epoch + 1, 0
+
+
+def visit_rows(source: RowSource, unit: Unit, visit: Visit, seed: int) -> dict[str, np.ndarray]:
+    """The rows of a visit as columns `row_id` int64 [N, 3], `tokens` int32 [N, T+1], `cropped` int32 [N]."""
+    tokens_NT, cropped_N = source.rows(unit)
+    order = row_order(len(tokens_NT), visit.epoch, visit.unit, seed)[visit.skip :]
+    row_ids = np.empty((len(order), 3), dtype=np.int64)
+    row_ids[:, 0], row_ids[:, 1] = visit.epoch, visit.position
+    row_ids[:, 2] = np.arange(visit.skip, visit.skip + len(order))
+    return {"row_id": row_ids, "tokens": tokens_NT[order], "cropped": cropped_N[order]}
 
 
 def micro_batches(
@@ -139,8 +148,8 @@ def micro_batches(
     """
     pending: dict[str, np.ndarray] | None = None
     visits_without_rows = 0
-    for epoch, position, skip in visits_from(len(units), start):
-        columns = unit_columns(source, units, epoch, position, skip, seed)
+    for visit in visits_from(len(units), start, seed):
+        columns = visit_rows(source, units[visit.unit], visit, seed)
         visits_without_rows = 0 if len(columns["tokens"]) else visits_without_rows + 1
         if visits_without_rows > 2 * len(units):  # two epochs' orders may put all the empty units side by side
             raise UserError(NO_ROWS)

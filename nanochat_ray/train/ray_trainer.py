@@ -30,7 +30,7 @@ from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import Plan, differences, lr_multiplier
 from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
-from nanochat_ray.stream.ray_stream import StreamPlan, micro_batch_dataset, ordered_data_config, read_micro_batches
+from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_config, read_micro_batches
 from nanochat_ray.stream.rows import MicroBatch, RowSource, micro_batches
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model
@@ -178,9 +178,11 @@ def _ray_storage(stage: Folder) -> str:
 def _dataset_from_checkpoint(job: TrainingJob) -> ray.data.Dataset:
     state = job.saved_state()
     start, done = (state.cursor.next_row, state.cursor.step) if state else (RowId(0, 0, 0), 0)
-    stream = StreamPlan(job.source, job.train_units, job.plan.micro_batch_rows, job.plan.seed)
-    remaining = (job.plan.steps - done) * job.plan.batch_tokens
-    return micro_batch_dataset(stream, start, remaining, CPUS_PER_DATA_TASK)
+    plan = job.plan
+    remaining = (plan.steps - done) * plan.batch_tokens
+    return micro_batch_dataset(
+        job.source, job.train_units, plan.micro_batch_rows, plan.seed, start, remaining, CPUS_PER_DATA_TASK
+    )
 
 
 def _train_on_worker(config: dict[str, Any]) -> None:
