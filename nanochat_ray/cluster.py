@@ -20,7 +20,10 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_WAIT_POLICY": "passive",  # spinning threads collapse as soon as another process wants a core
-    "MALLOC_TRIM_THRESHOLD_": "67108864",
+    # glibc would give the memory of every large tensor back to the kernel and fault it in again at the next one. Set
+    # both: the trim threshold alone freezes the mmap threshold at 128 KiB, which made training 1.7 times slower.
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
 }
 _LOCAL_OBJECT_STORE_BYTES = 256 << 20
 _LOCAL_WORKERS_PER_CORE = 4

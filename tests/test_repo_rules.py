@@ -144,7 +144,7 @@ def test_no_dependency_is_called_kernels_and_each_has_both_bounds():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_own(path):
     text = path.read_text()
-    limit = 150 if path in JOBS else 500 if path.is_relative_to(ROOT / "tests") else 400
+    limit = 150 if path in JOBS else 400
     assert len(text.splitlines()) <= limit
     assert path.stem not in BANNED_NAMES
     assert ast.get_docstring(ast.parse(text)) or not text.strip() or path.is_relative_to(ROOT / "tests")

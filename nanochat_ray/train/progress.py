@@ -4,8 +4,10 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 from nanochat_ray.storage import Folder
@@ -37,7 +39,7 @@ class ProgressLine:
         self._total = total_steps
         self._terminal = sys.stdout.isatty() if terminal is None else terminal
         self._val_bpb: float | None = None
-        self._step_seconds: float | None = None  # moving average
+        self._recent_seconds: deque[float] = deque(maxlen=20)  # of steps; their median ignores a slow first one
         self._printed_at = 0.0
         self._open = False
 
@@ -49,12 +51,11 @@ class ProgressLine:
         elif kind == "eval":
             self._val_bpb = event["val_bpb"]
         elif kind == "step":
-            mean = self._step_seconds
-            self._step_seconds = event["seconds"] if mean is None else 0.9 * mean + 0.1 * event["seconds"]
+            self._recent_seconds.append(event["seconds"])
             self._draw(self.text(event), last=event["step"] + 1 == self._total)
 
     def text(self, event: dict[str, Any]) -> str:
-        left = (self._total - event["step"] - 1) * (self._step_seconds or 0.0)
+        left = (self._total - event["step"] - 1) * median(self._recent_seconds or [0.0])
         parts = [
             f"step {event['step'] + 1:>{len(str(self._total))}}/{self._total}",
             f"loss {event['loss']:.4f}",
