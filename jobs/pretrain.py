@@ -48,7 +48,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
     if args.fresh:
         base.delete()
-    base.write_json("plan.json", plan.to_dict())
     job = TrainingJob.from_flags(
         args,
         stage=base,

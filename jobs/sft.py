@@ -47,14 +47,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = Tokenizer.load(run / "tokenizer")
     source = ChatRows(tokenizer, base_plan.model.sequence_len)
     mixture = mixture_of(args.sft, args.tasks, args.seed)
-    corpus = write_mixture(mixture, stage / "data")
+    corpus = write_mixture(mixture, stage / "data", replace=not Checkpoints.of(stage).steps())
     rows = int(args.epochs * count_rows(source, corpus.train))
     plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
     print(table(plan))
     if args.plan_only:
         return {"plan": plan.to_dict()}
 
-    stage.write_json("plan.json", plan.to_dict())
     job = TrainingJob.from_flags(
         args,
         stage=stage,

@@ -7,23 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from nanochat_ray.errors import UserError
 
-# Set in the driver before Ray starts, so that every process of a local cluster inherits it.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray's default of 15 starves trainers beside any other process
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+# What the processes of every cluster shall find, local or joined.
+_WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads collapse as soon as another process wants a core
     # glibc would give the memory of every large tensor back to the kernel and fault it in again at the next one. Set
     # both: the trim threshold alone freezes the mmap threshold at 128 KiB, which made training 1.7 times slower.
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
+}
+# What Ray itself reads when a local cluster starts.
+_LOCAL_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves trainers beside any other process
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
 _LOCAL_OBJECT_STORE_BYTES = 256 << 20
 _LOCAL_WORKERS_PER_CORE = 4
@@ -71,7 +73,7 @@ def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
 
 def prepare_environment() -> None:
     """Set what the processes that this one starts from now on shall find in their environment, unless it is set."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_RAY_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
 
 
@@ -97,10 +99,9 @@ def _start_local(workers: int) -> None:
 
 
 def _join(address: str | None) -> None:
-    # Code travels with the job: to a cluster on other machines it is uploaded, unless `ray job submit` has done so.
-    runtime_env = (
-        {} if address is None else {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
-    )
+    runtime_env: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in _WORKER_ENVIRONMENT}}
+    if address is not None:  # else `ray job submit` has uploaded the code
+        runtime_env |= {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:

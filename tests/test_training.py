@@ -171,6 +171,7 @@ def test_a_checkpoint_of_another_plan_is_refused_with_the_difference(workplace, 
     assert pretrain_run(workplace, "calm", *changed) == 1
     assert said in capsys.readouterr().err
     assert (calm / "base").read("events.jsonl") == before
+    assert (calm / "base").read_json("plan.json")["depth"] == 2
 
 
 def test_another_corpus_is_refused(workplace, calm, capsys, tmp_path):
@@ -231,6 +232,11 @@ def test_finetuning_and_evaluation_follow(workplace, calm, capsys, tmp_path):
     common = ["--storage", str(workplace / "storage"), "--run", "calm"]
     assert cli.run(sft.main, sft.build_parser(), [*common, "--sft", str(chats), "--steps", "8", *FP32]) == 0
     assert len(steps_of(calm, "sft")) == 8
+    assert (
+        cli.run(sft.main, sft.build_parser(), [*common, "--sft", str(chats / "test.jsonl"), "--steps", "8", *FP32]) == 1
+    )
+    assert "another was asked for" in capsys.readouterr().err
+    assert (calm / "sft" / "data").exists("mixture.json")
     command = [*common, "--corpus", str(workplace / "corpus"), "--json"]
     assert cli.run(base_eval.main, base_eval.build_parser(), command) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])

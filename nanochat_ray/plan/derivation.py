@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sequence_len": 256,
         "micro_batch_rows": 8,
         "batch_tokens": 4096,
-        "steps": 90,
+        "steps": 50,
     },
     **{f"d{depth}": {"depth": depth} for depth in (12, 20, 24, 26, 32)},
 }

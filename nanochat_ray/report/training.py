@@ -106,7 +106,7 @@ def _figures(training: Training) -> list[tuple[str, str]]:
         best = min(training.evals, key=lambda event: event["val_bpb"])
         rows.append(("best validation", f"{best['val_bpb']:.4f} bits per byte at step {best['step']:,}"))
     rows.append(("throughput", f"{training.tok_per_s:,.0f} tokens per second (median)"))
-    if shares := [event["mfu"] for event in steps if "mfu" in event]:
+    if shares := [event["mfu"] for event in steps if event.get("mfu")]:
         rows.append(("of the measured GEMM peak", f"{median(shares):.0%} (median)"))
     if seconds := sum(event.get("seconds", 0.0) for event in steps):
         waited = sum(event.get("data_wait_s", 0.0) for event in steps)

@@ -81,19 +81,28 @@ def _weighted(source: Source, seed: int) -> list[Conversation]:
     return list(source.train) * whole + generator(seed, "weight", source.name).sample(list(source.train), rest)
 
 
-def write_mixture(mixture: Mixture, folder: Folder, conversations_per_unit: int = 512) -> Corpus:
+def write_mixture(mixture: Mixture, folder: Folder, conversations_per_unit: int = 512, replace: bool = True) -> Corpus:
     """Store a mixture; its test part becomes the corpus' validation units. Nothing is rewritten if it is there already.
+
+    Args:
+        replace: whether another mixture that is stored there may be deleted.
 
     A unit is packed into rows by itself: small units waste more padding, large ones delay the first row.
 
     Raises:
         OSError: the folder cannot be written.
+        UserError: another mixture is stored there and may not be replaced.
     """
     fingerprint = _fingerprint(mixture, conversations_per_unit)
     if folder.exists("mixture.json"):
         stored = open_mixture(folder)
         if stored.fingerprint == fingerprint:
             return stored
+        if not replace:
+            raise UserError(
+                f"{folder} holds the mixture that this run was finetuned on, and another was asked for; "
+                "ask for the same one, use another --run, or start anew with --fresh"
+            )
         folder.delete()
     corpus = Corpus(
         name="mixture",

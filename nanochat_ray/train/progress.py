@@ -61,7 +61,7 @@ class ProgressLine:
             f"loss {event['loss']:.4f}",
             f"bpb {self._val_bpb:.4f}" if self._val_bpb is not None else "bpb -",
             f"{event['tok_per_s']:,.0f} tok/s",
-            f"mfu {event['mfu']:.0%}",
+            f"mfu {event['mfu']:.0%}" if event["mfu"] else "mfu -",
             f"workers {event['workers']}",
             f"waiting for data {event['data_wait_s'] / event['seconds']:.0%}",
             f"eta {int(left) // 60}m{int(left) % 60:02d}s",

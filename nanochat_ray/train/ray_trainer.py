@@ -45,6 +45,7 @@ RESTARTS_WITHOUT_PROGRESS = 2  # lost machines may restart a run for ever, a bug
 CPUS_PER_DATA_TASK = 0.5
 EVALS_PER_RUN = 4
 EVAL_FRACTION = 50
+PEAK_AFTER_STEPS = 2  # by then the other processes of a group have started and left the cores alone
 COMPILE_ABOVE_FLOPS = 1e14  # a quarter of an hour of two cores
 MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2**14, 40 * 2**19
 
@@ -75,7 +76,7 @@ class TrainingJob:
         eval_tokens = args.eval_tokens or max(plan.tokens // EVAL_FRACTION, MIN_EVAL_TOKENS)
         return TrainingJob(
             eval_micro_batches=max(1, min(eval_tokens, MAX_EVAL_TOKENS) // (plan.batch_tokens // plan.micro_batches)),
-            cadence=Cadence(args.eval_every or max(1, plan.steps // EVALS_PER_RUN), args.checkpoint_every),
+            cadence=Cadence(args.eval_every or -(-plan.steps // EVALS_PER_RUN), args.checkpoint_every),
             keep_checkpoints=args.keep_checkpoints,
             dtype=args.dtype,
             compile=args.compile,
@@ -127,6 +128,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int]) -
         return False
     resources = {"GPU": 1.0, "CPU": 1.0} if cluster.gpus else {"CPU": 1.0}
     require_room(cluster, workers[0], resources)
+    job.stage.write_json("plan.json", job.plan.to_dict())
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={"job": job},
@@ -140,7 +142,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int]) -
         ),
         run_config=RunConfig(
             name=job.attempt,  # never an old name: our own checkpoints say where to go on
-            storage_path=_ray_storage(job.stage),
+            storage_path=str(job.stage / "ray"),
             failure_config=FailureConfig(max_failures=-1),
         ),
     )
@@ -169,10 +171,6 @@ def training_figures(stage: Folder) -> dict[str, Any]:
         "val_bpb": evals[-1]["val_bpb"],
         "tok_per_s": statistics.median(event["tok_per_s"] for event in steps),
     }
-
-
-def _ray_storage(stage: Folder) -> str:
-    return str(stage / "ray")
 
 
 def _dataset_from_checkpoint(job: TrainingJob) -> ray.data.Dataset:
@@ -216,7 +214,7 @@ class _Worker:
         self.model = build_model(job.plan).to(self.world.device).set_dtype(self.dtype)
         self.optimizer = build_optimizer(self.model, job.plan.rates, self.dtype)
         self._load()
-        self.peak_flops = gemm_peak(device, self.dtype) * self.world.size
+        self.peak_flops: float | None = None
         self.losses, self.mode = compile_for_training(self.model, self._wants_compilation())
         self.validation: list[MicroBatch] | None = None
         self.events: EventLog | None = None
@@ -306,6 +304,9 @@ class _Worker:
         if self.events is None:
             return
         plan = self.job.plan
+        flops_per_s = plan.flops_per_token * plan.batch_tokens / seconds
+        if result.step == self.state.cursor.step + PEAK_AFTER_STEPS:
+            self.peak_flops = gemm_peak(self.world.device, self.dtype) * self.world.size
         self.events.append(
             "step",
             step=result.step,
@@ -320,7 +321,7 @@ class _Worker:
             seconds=round(seconds, 4),
             data_wait_s=round(result.data_wait_s, 4),
             tok_per_s=round(plan.batch_tokens / seconds, 1),
-            mfu=round(plan.flops_per_token * plan.batch_tokens / seconds / self.peak_flops, 4),
+            mfu=round(flops_per_s / self.peak_flops, 4) if self.peak_flops else None,
         )
 
 
