@@ -42,7 +42,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not ray and not browser and not slow"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not ray and not browser and not slow"
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis nanochat_ray.egg-info build dist
