@@ -123,13 +123,13 @@ def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -
     """Refuse a number of workers that the cluster can never hold.
 
     Raises:
-        UserError: each resource that falls short, unless an autoscaler may still bring it.
+        UserError: each resource that falls short, even if an autoscaler brought all it may.
     """
-    if _has_autoscaler():
-        return
     have = {"CPU": cluster.cpus, "GPU": cluster.gpus}
+    for name, most in _largest_with_autoscaler().items():
+        have[name] = max(have.get(name, 0), most)
     short = [
-        f"{workers * need:g} {name}, it has {have[name]:g}"
+        f"{workers * need:g} {name}, it can have {have[name]:g}"
         for name, need in per_worker.items()
         if workers * need > have[name]
     ]
@@ -137,8 +137,11 @@ def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -
         raise UserError(f"{workers} workers need {' and '.join(short)} ({cluster.describe()}); ask for fewer --workers")
 
 
-def _has_autoscaler() -> bool:
-    """Whether the cluster may grow. Ray publishes the autoscaler's status in its key-value store, and nowhere else."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
+def _largest_with_autoscaler() -> dict[str, int]:
+    """What the cluster's autoscaler may grow it to, by resource; empty without one.
 
-    return bool(_internal_kv_initialized() and _internal_kv_get(b"__autoscaling_config"))
+    Ray tells this only to itself: its own training and data libraries ask the same private function.
+    """
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}

@@ -90,8 +90,8 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, threads: int | None = No
         for part, peak in _BF16_PEAKS:
             if part in name:
                 return peak
-    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype) for _ in range(2))
-    return 2 * _GEMM_SIZE**3 / _fastest_seconds(lambda: torch.mm(a, b), device, threads)
+    a, b, product = (torch.rand(_GEMM_SIZE, _GEMM_SIZE, device=device, dtype=dtype) for _ in range(3))
+    return 2 * _GEMM_SIZE**3 / _fastest_seconds(lambda: torch.mm(a, b, out=product), device, threads)
 
 
 @functools.cache

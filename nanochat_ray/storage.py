@@ -11,14 +11,17 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from nanochat_ray.errors import UsageError, UserError
 
+READ_BYTES = 2**24  # at once, where a file is read in pieces
+Buffer: TypeAlias = bytes | memoryview
 STAGES = ("tokenizer", "base", "sft", "report")
 
 
@@ -83,23 +86,28 @@ class Folder:
                 f"storage {self.uri} cannot be written ({error}); give another folder or URI with --storage"
             ) from error
 
-    def write(self, name: str, data: bytes | str) -> None:
+    def write(self, name: str, data: bytes | str | Iterable[Buffer]) -> None:
         """Write a file so that a reader sees the old content or the new, never a part. Makes the folder.
+
+        Args:
+            data: whole, or in pieces of which one at a time is in memory.
 
         Raises:
             OSError: the filesystem refused; the previous content is untouched.
         """
-        data = data.encode() if isinstance(data, str) else data
+        pieces = [data.encode()] if isinstance(data, str) else [data] if isinstance(data, bytes) else data
         filesystem, path = (self / name).open()
         filesystem.create_dir(os.path.dirname(path), recursive=True)
         if not self.is_local:
             with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
             return
         partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -116,9 +124,18 @@ class Folder:
         Raises:
             FileNotFoundError: there is none.
         """
+        return b"".join(self.read_pieces(name))
+
+    def read_pieces(self, name: str) -> Iterator[bytes]:
+        """The content of a file, READ_BYTES at a time.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         filesystem, path = (self / name).open()
         with filesystem.open_input_stream(path) as stream:
-            return stream.read()
+            while piece := stream.read(READ_BYTES):
+                yield piece
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value.

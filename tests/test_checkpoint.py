@@ -23,6 +23,24 @@ def some_tensors(value):
     return {"a": torch.full((3, 2), float(value)), "b.exp_avg": torch.arange(4.0)}
 
 
+def test_every_shape_and_layout_survives(stage):
+    tensors = {
+        "scalar": torch.tensor(0.25),
+        "empty": torch.empty(0, 3),
+        "strided": torch.arange(12.0).view(3, 4).T,
+        "half": torch.linspace(-1, 1, 5, dtype=torch.bfloat16),
+        'ünicode " name': torch.ones(1, requires_grad=True),
+    }
+    checkpoints = Checkpoints.of(stage)
+    checkpoints.save(state_at(3), tensors, {})
+    loaded = checkpoints.model(3)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    assert checkpoints.optimizer(3) == {}
+
+
 @pytest.fixture
 def stage(tmp_path):
     return Folder.at(tmp_path / "base")

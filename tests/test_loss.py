@@ -26,7 +26,7 @@ def obvious_loss(x, weight, targets, reduction):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 7 * 4 * VOCAB)
+    monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", 7 * 4 * VOCAB)
     monkeypatch.setattr(loss, "_CPU_SLICE_ELEMENTS", 3 * VOCAB)
 
 
@@ -52,7 +52,7 @@ def test_chunk_and_slice_sizes_do_not_matter(seed, tokens, chunk, piece):
     results = []
     for chunk_bytes, slice_elements in ((4 * chunk * VOCAB, piece * VOCAB), (10**9, 10**9)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss, "_CHUNK_BYTES", chunk_bytes)
+            patch.setattr(loss, "LOGITS_CHUNK_BYTES", chunk_bytes)
             patch.setattr(loss, "_CPU_SLICE_ELEMENTS", slice_elements)
             total = linear_cross_entropy(x, weight, targets, VOCAB, "sum")
             results.append((total, *torch.autograd.grad(total, (x, weight))))

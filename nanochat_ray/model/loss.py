@@ -9,10 +9,10 @@ import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nanochat_ray.errors import UsageError
+from nanochat_ray.plan.shape import LOGITS_CHUNK_BYTES
 
 SOFTCAP = 15.0
 IGNORED = -1
-_CHUNK_BYTES = 2**26  # of logits that exist at once: at a vocabulary of 32768, 512 tokens in fp32, 1024 in bf16
 _CPU_SLICE_ELEMENTS = 2**19  # logits between two matrix products are worked on in slices that stay in a core's cache
 
 
@@ -155,4 +155,4 @@ def _slice_losses(
 
 
 def _chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
-    return max(1, _CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    return max(1, LOGITS_CHUNK_BYTES // (vocab_size * dtype.itemsize))

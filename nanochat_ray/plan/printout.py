@@ -3,7 +3,7 @@
 from nanochat_ray.plan import schedules
 from nanochat_ray.plan.hardware import Hardware
 from nanochat_ray.plan.record import SFT, Plan
-from nanochat_ray.plan.shape import LOSS_CHUNK_TOKENS
+from nanochat_ray.plan.shape import LOGITS_CHUNK_BYTES
 
 Row = tuple[str, str, str]  # name, value, rule
 
@@ -121,7 +121,7 @@ def _memory_rows(plan: Plan, hardware: Hardware | None) -> list[Row]:
         (
             "memory, activations",
             _gib(activations),
-            f"m·T tokens · layers · (15 width + 4 kv width) · 2 bytes, + fp32 logits of {LOSS_CHUNK_TOKENS} tokens",
+            f"m·T tokens · layers · (15 width + 4 kv width) · 2 bytes, + {LOGITS_CHUNK_BYTES >> 20} MiB of logits",
         ),
         ("memory per worker", _gib(2 * weights + optimizer + activations), "sum; an estimate, plus the runtime's own"),
     ]

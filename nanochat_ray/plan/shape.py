@@ -18,7 +18,7 @@ VOCAB_MULTIPLE = 64  # embedding and unembedding rows are padded to this, for al
 WINDOW_MULTIPLE = 128  # short attention windows are rounded up to this, the tile of GPU attention kernels
 VALUE_GATE_CHANNELS = 12  # the per-head gate of a value embedding reads this many channels
 SMEAR_GATE_CHANNELS = 24  # the gate that mixes in the previous embedding reads this many channels
-LOSS_CHUNK_TOKENS = 4096  # logits exist for at most this many tokens at once
+LOGITS_CHUNK_BYTES = 2**26  # of logits that exist at once: at a vocabulary of 32768, 512 tokens in fp32, 1024 in bf16
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -118,7 +118,7 @@ class ModelShape:
         return -(-(4 * counts.matrices + 8 * (counts.total - counts.matrices)) // workers)
 
     def activation_bytes(self, rows: int, element_bytes: int = 2) -> int:
-        """What one micro-batch keeps for its backward pass, and one chunk of fp32 logits with their gradient.
+        """What one micro-batch keeps for its backward pass, and one chunk of logits with two of scratch in fp32.
 
         Kept per token and layer: residual, its norm, queries before and after rotation, attention output, second
         residual and its norm (7 widths); the MLP before and after its activation (8 widths); keys before and after
@@ -126,8 +126,8 @@ class ModelShape:
         """
         tokens = rows * self.sequence_len
         per_token = self.n_layer * (15 * self.n_embd + 4 * self.kv_width) * element_bytes
-        logits = min(tokens, LOSS_CHUNK_TOKENS) * self.padded_vocab_size * 8
-        return tokens * per_token + logits
+        logits = min(tokens * self.padded_vocab_size * element_bytes, LOGITS_CHUNK_BYTES)
+        return tokens * per_token + logits + logits // element_bytes * 8
 
 
 def derive_shape(chosen: dict[str, Any], rules: dict[str, str]) -> ModelShape:

@@ -10,23 +10,25 @@ evaluator and the server, none of which runs under Ray Train.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.plan import Plan
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import Buffer, Folder
 from nanochat_ray.stream.cursor import Cursor
 
 SCHEMA_VERSION = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -71,15 +73,16 @@ class Checkpoints:
         """
         place = self.folder / _name(state.cursor.step)
         place.delete()  # an unfinished attempt at the same step
-        manifest = {}
-        for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-            data = save_tensors(tensors)
-            place.write(name, data)
-            manifest[name] = _seal(data)
-        place.write_json(STATE, state.to_dict())
-        manifest[STATE] = _seal(place.read(STATE))
-        place.write_json(MANIFEST, {"files": manifest})
-        return sum(seal["bytes"] for seal in manifest.values())
+        content: dict[str, Iterable[Buffer]] = {
+            MODEL: _in_safetensors(model),
+            OPTIMIZER: _in_safetensors(optimizer),
+            STATE: [json.dumps(state.to_dict(), indent=2).encode()],
+        }
+        seals = {name: _Seal() for name in content}
+        for name, pieces in content.items():
+            place.write(name, seals[name].follow(pieces))
+        place.write_json(MANIFEST, {"files": {name: seal.to_dict() for name, seal in seals.items()}})
+        return sum(seal.bytes for seal in seals.values())
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, ascending; their content is not verified."""
@@ -102,7 +105,7 @@ class Checkpoints:
         try:
             files = place.read_json(MANIFEST)["files"]
             for name, seal in files.items():
-                if _seal(place.read(name)) != seal:
+                if _Seal.of(place.read_pieces(name)).to_dict() != seal:
                     return f"{name} is not what was written"
         except (FileNotFoundError, KeyError, TypeError, UserError) as error:
             return str(error)
@@ -131,8 +134,45 @@ def _name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _seal(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+class _Seal:
+    """Size and hash of a file that passes by in pieces."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    @staticmethod
+    def of(pieces: Iterable[Buffer]) -> "_Seal":
+        seal = _Seal()
+        for _ in seal.follow(pieces):
+            pass
+        return seal
+
+    def follow(self, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+        for piece in pieces:
+            self.bytes += len(piece)
+            self._sha256.update(piece)
+            yield piece
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "sha256": self._sha256.hexdigest()}
+
+
+def _in_safetensors(tensors: Tensors) -> Iterator[Buffer]:
+    """The tensors in the safetensors format, one at a time: the library's own writer first copies all of them.
+
+    Format: length of the header (8 bytes, little-endian), the header as JSON padded to 8 bytes, the data one after
+    another (https://github.com/huggingface/safetensors#format).
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def build_model(plan: Plan) -> GPT:
