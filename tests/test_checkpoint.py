@@ -28,6 +28,7 @@ def test_every_shape_and_layout_survives(stage):
         "scalar": torch.tensor(0.25),
         "empty": torch.empty(0, 3),
         "strided": torch.arange(12.0).view(3, 4).T,
+        "count": torch.tensor(2**40),
         "half": torch.linspace(-1, 1, 5, dtype=torch.bfloat16),
         'ünicode " name': torch.ones(1, requires_grad=True),
     }
