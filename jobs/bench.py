@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from nanochat_ray.tokenizer import Tokenizer
 
 # What is measured unless flags say otherwise, and what --quick takes instead.
-FULL = {"depth": 6, "sequence_len": 512, "vocab_size": 32768, "micro_batch_rows": 8, "steps": 9, "megabytes": 60}
+FULL = {"depth": 6, "sequence_len": 512, "vocab_size": 32768, "micro_batch_rows": 4, "steps": 9, "megabytes": 60}
 QUICK = {"depth": 2, "sequence_len": 128, "vocab_size": 1024, "micro_batch_rows": 4, "steps": 5, "megabytes": 2}
-MICRO_BATCHES = 2  # per step; a real plan has more of them for each update
+MICRO_BATCHES = 4  # per step; a real plan has more of them for each update
 DECODE_REPEATS = {True: 2, False: 5}
 
 

@@ -20,10 +20,11 @@ from nanochat_ray.data.corpus import Unit
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.rows import MicroBatch, RowSource, Visit, visit_rows, visits_from
 
-# A unit visit is planned for every this many bytes of text still needed, as if packing lost half and a token were
-# 8 bytes long; far more than any real corpus needs. Running out is not an error: the stream is then planned anew.
+# Text is planned for as if packing lost half and a token were 8 bytes long, plus some so that a short run does not end
+# in the stream's last rows; far more than any real corpus needs. Running out is not an error: the stream is then
+# planned anew. More would cost: Ray Data reads ahead as far as its memory goes, on cores that could train.
 BYTES_PER_TOKEN_MARGIN = 16
-MIN_VISITS = 16
+SPARE_BYTES = 2**21
 
 
 def micro_batch_dataset(
@@ -52,11 +53,11 @@ def micro_batch_dataset(
 
 
 def _enough_visits(units: Sequence[Unit], start: RowId, seed: int, tokens: int) -> list[Visit]:
-    visits, wanted_bytes = [], tokens * BYTES_PER_TOKEN_MARGIN
+    visits, wanted_bytes = [], tokens * BYTES_PER_TOKEN_MARGIN + SPARE_BYTES
     for visit in visits_from(len(units), start, seed):
         visits.append(visit)
         wanted_bytes -= units[visit.unit].bytes
-        if wanted_bytes <= 0 and len(visits) >= MIN_VISITS:
+        if wanted_bytes <= 0:
             break
     return visits
 

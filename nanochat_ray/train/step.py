@@ -85,15 +85,11 @@ def run_step(
         began = time.perf_counter()
         micro_batch = next(micro_batches)
         waited += time.perf_counter() - began
-        inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
-        loss = summed_loss(inputs_BT.to(world.device), targets_BT.to(world.device))
-        loss.backward()
         line = table[index - cursor.step * plan.micro_batches]
+        line[_LOSS_BITS], line[_TARGETS] = _forward_backward(summed_loss, micro_batch, world.device)
         line[_FIRST] = torch.from_numpy(micro_batch.row_ids_M3[0])
         line[_LAST] = torch.from_numpy(micro_batch.row_ids_M3[-1])
         line[_DIGEST] = micro_batch.digest()
-        line[_LOSS_BITS] = loss.detach().double().cpu().view(torch.int64)
-        line[_TARGETS] = (targets_BT != IGNORED_TARGET).sum()
         line[_CROPPED] = int(micro_batch.cropped_M.sum())
 
     table = world.sum(table)
@@ -124,6 +120,19 @@ def run_step(
         request=int(table[-1, 0]),
         data_wait_s=waited,
     )
+
+
+def _forward_backward(
+    summed_loss: SummedLoss, micro_batch: MicroBatch, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a micro-batch's gradients to the weights'; the bits of its loss as fp64, and how many targets it has.
+
+    A function of its own, so that one micro-batch's graph is gone before the next one's forward pass.
+    """
+    inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
+    loss = summed_loss(inputs_BT.to(device), targets_BT.to(device))
+    loss.backward()
+    return loss.detach().double().cpu().view(torch.int64), (targets_BT != IGNORED_TARGET).sum()
 
 
 def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:
