@@ -26,6 +26,8 @@ _LOCAL_RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves trainers beside any other process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_enable_metrics_collection": "0",  # nobody reads them here, and two cores feel it
+    "RAY_task_events_report_interval_ms": "0",
 }
 _LOCAL_OBJECT_STORE_BYTES = 256 << 20
 _LOCAL_WORKERS_PER_CORE = 4

@@ -14,7 +14,7 @@ import psutil
 
 from nanochat_ray.cluster import prepare_environment
 
-SAMPLE_EVERY_S = 0.5
+SAMPLE_EVERY_S = 2.0  # each sample costs 10 ms of a core
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
