@@ -41,7 +41,10 @@ class Folder:
         return self.uri
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.uri}/{name}")
+        if self.is_local:
+            return Folder(f"{self.uri}/{name}")
+        path, mark, query = self.uri.partition("?")  # as in s3://bucket/path?region=…
+        return Folder(f"{path.rstrip('/')}/{name}{mark}{query}")
 
     @property
     def is_local(self) -> bool:
