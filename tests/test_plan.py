@@ -360,6 +360,15 @@ def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_the_demonstration_finetunes_a_bounded_number_of_steps_unless_told_otherwise():
+    base = make_plan(preset="tiny")
+    assert sft_plan(base, rows=80).steps == 80 * 256 // 2048
+    assert sft_plan(base, rows=10**6).steps == 150
+    assert "preset tiny" in sft_plan(base, rows=10**6).rules["steps"]
+    assert sft_plan(base, rows=10**6, steps=900).steps == 900
+    assert sft_plan(make_plan(12), rows=10**6).steps == 10**6 * 2048 // make_plan(12).batch_tokens
+
+
 def test_finetuning_refuses_less_than_one_step_of_rows_and_uneven_batches():
     base = make_plan(preset="tiny")
     with pytest.raises(UsageError, match="3 finetuning rows are less than one step of 8"):

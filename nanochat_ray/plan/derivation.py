@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # A run of two minutes ends long before rates that are scaled for long runs have moved the weights far. Measured with
 # tiny: after 13 steps the loss is 6.4 at twice the rule's rates, 5.4 at six times; finetuning ends at 1.7 and 0.4.
 RATE_SCALES = {"tiny": 4.0}
-SFT_OF_PRESETS: dict[str, dict[str, Any]] = {"tiny": {"batch_tokens": 2048, "rate_fraction": 1.5}}
+SFT_OF_PRESETS: dict[str, dict[str, Any]] = {"tiny": {"batch_tokens": 2048, "rate_fraction": 1.5, "max_steps": 150}}
 
 
 def make_plan(
@@ -140,8 +140,11 @@ def sft_plan(
     usual = f"preset {base.preset}" if "batch_tokens" in preset else "as in pretraining"
     rules["batch_tokens"] = "given (--batch-tokens)" if batch_tokens else usual
     micro_rows, micro_batches = _micro_batches(wanted, base.model, base.micro_batch_rows, None, rules)
-    step_count = steps or rows * row_tokens // wanted
-    rules["steps"] = "given (--steps)" if steps else f"{rows:,} rows once, {wanted // row_tokens} in a step"
+    once = rows * row_tokens // wanted
+    step_count = steps or min(once, preset.get("max_steps", once))
+    rules["steps"] = f"{rows:,} rows once, {wanted // row_tokens} in a step"
+    if steps or step_count < once:
+        rules["steps"] = "given (--steps)" if steps else f"at most that many (preset {base.preset}), of {once:,}"
     if step_count < 1:
         raise UsageError(
             f"{rows} finetuning rows are less than one step of {wanted // row_tokens}; give --batch-tokens"
