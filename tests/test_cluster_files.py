@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "cluster" / "README.md").read_text()
 K8S = ROOT / "cluster" / "k8s"
 CLOUDS = ["aws", "gcp"]
 
@@ -304,7 +305,49 @@ def test_the_script_for_own_machines_is_valid_and_explains_itself():
 
 
 def test_what_a_user_must_replace_is_named_in_the_readme():
-    readme = (ROOT / "cluster" / "README.md").read_text()
     files = [path for path in (ROOT / "cluster").rglob("*") if path.suffix in (".yaml", ".sh")]
     for placeholder in {name for path in files for name in re.findall(r"[\w-]*REPLACE[\w-]*", path.read_text())}:
-        assert placeholder in readme
+        assert placeholder in README
+
+
+def test_every_job_in_the_readme_is_one_that_the_stage_takes():
+    shell = dict(re.findall(r'\b(RUN|DATA)="([^"]*)"', README))
+    commands = re.findall(r"ray job submit (.*?)-- python -m (jobs\.\w+)(.*)", README)
+    assert [module for _, module, _ in commands] == [
+        f"jobs.{stage}" for stage in ("tokenizer", "pretrain", "base_eval", "sft", "chat_eval", "report")
+    ]
+    for options, module, flags in commands:
+        for name, text in shell.items():
+            flags = flags.replace(f"${name}", text)
+        importlib.import_module(module).build_parser().parse_args(shlex.split(flags))
+        assert "--working-dir ." in options
+        assert ("--entrypoint-num-gpus 1" in options) == (module in ("jobs.base_eval", "jobs.chat_eval"))
+
+
+def test_every_file_in_the_readme_exists():
+    named = set(re.findall(r"(?:cluster|tests)/[\w./*-]+\w", README))
+    assert {"cluster/local.sh", "cluster/notice_watcher.py", "tests/test_job_submit.py"} <= named
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+    stages = re.findall(r"for stage in ([^;]*);", README)[0].split()
+    assert [f"ray-job-{stage}.yaml" for stage in stages] == sorted(path.name for path in K8S.glob("ray-job-*"))
+    assert {stage.split("-", 1)[1] for stage in stages} == {
+        name.removeprefix("RayJob/") for name in manifests() if name.startswith("RayJob/")
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "hardware"), [("8 A100 80 GB", "8xA100"), ("8 H100", "8xH100"), ("16 H100", "16xH100")]
+)
+def test_the_readmes_costs_are_the_plans(row, hardware, capsys):
+    plan = importlib.import_module("jobs.plan")
+    plan.main(plan.build_parser().parse_args(["--depth", "20", "--hardware", hardware]))
+    printed = capsys.readouterr().out
+    time, on_demand, spot = (re.search(rf"\n  {what} +(\S.*?)  ", printed)[1] for what in
+                             ("time", "money, on demand", "money, spot"))  # fmt: skip
+    shown = re.search(rf"\| {row} \| (.*?) \| \$(\d+) \| \$(\d+) \|", README).groups()
+    minutes = re.match(r"(?:(\d+) h )?(\d+) min(?: (\d+) s)?", time).groups(default="0")
+    assert re.match(r"(?:(\d+) h )?(\d+) min", shown[0]).groups(default="0") == (
+        minutes[0],
+        f"{int(minutes[1]) + (int(minutes[2]) >= 30):02}",
+    )
+    assert [float(each) for each in shown[1:]] == [round(float(each.lstrip("$"))) for each in (on_demand, spot)]

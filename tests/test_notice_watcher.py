@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import notice_watcher
-from cluster.notice_watcher import Aws, Azure, Gcp, MetadataError, Notice, WatcherError, watch
+from cluster import cloud_notices, notice_watcher
+from cluster.cloud_notices import Aws, Azure, Gcp, MetadataError, Notice
+from cluster.notice_watcher import WatcherError, watch
 from tests.metadata_servers import AwsService, AzureService, GcpService, serving
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def later(action, seconds: float = 0.1) -> None:
 
 @given(moments)
 def test_an_aws_action_gives_its_time_as_deadline(moment):
-    notice = notice_watcher.aws_instance_action(json.dumps({"action": "stop", "time": moment.isoformat()}))
+    notice = cloud_notices.aws_instance_action(json.dumps({"action": "stop", "time": moment.isoformat()}))
     assert notice.deadline == moment.timestamp()
     assert notice.certain
 
@@ -87,28 +88,28 @@ def test_azures_earliest_preemption_of_this_machine_counts_and_nothing_else(even
             ]
         }
     )
-    notice = notice_watcher.azure_scheduled_events(body, "this", now=0.0)
+    notice = cloud_notices.azure_scheduled_events(body, "this", now=0.0)
     times = [int(moment.timestamp()) for moment, preempts, ours in events if preempts and ours]
     assert (notice.deadline if notice else None) == (min(times) if times else None)
 
 
 def test_an_azure_event_that_has_begun_has_its_deadline_now():
     body = json.dumps({"Events": [{"EventType": "Preempt", "Resources": ["this"], "NotBefore": ""}]})
-    assert notice_watcher.azure_scheduled_events(body, "this", now=7.0) == Notice(True, "Azure preempts this", 7.0)
+    assert cloud_notices.azure_scheduled_events(body, "this", now=7.0) == Notice(True, "Azure preempts this", 7.0)
 
 
 def test_gcp_gives_thirty_seconds_from_now():
-    assert notice_watcher.gcp_preempted("FALSE", now=100.0) is None
-    assert notice_watcher.gcp_preempted("TRUE\n", now=100.0).deadline == 130.0
+    assert cloud_notices.gcp_preempted("FALSE", now=100.0) is None
+    assert cloud_notices.gcp_preempted("TRUE\n", now=100.0).deadline == 130.0
 
 
 @given(texts)
 def test_any_other_answer_is_a_metadata_error_that_shows_it(body):
     for parse in (
-        notice_watcher.aws_instance_action,
-        notice_watcher.aws_rebalance,
-        lambda text: notice_watcher.gcp_preempted(text, 0.0),
-        lambda text: notice_watcher.azure_scheduled_events(text, "this", 0.0),
+        cloud_notices.aws_instance_action,
+        cloud_notices.aws_rebalance,
+        lambda text: cloud_notices.gcp_preempted(text, 0.0),
+        lambda text: cloud_notices.azure_scheduled_events(text, "this", 0.0),
     ):
         refused = ""
         try:
@@ -120,10 +121,10 @@ def test_any_other_answer_is_a_metadata_error_that_shows_it(body):
 
 def test_a_time_without_its_zone_is_not_guessed():
     with pytest.raises(MetadataError, match="instance-action"):
-        notice_watcher.aws_instance_action('{"action": "terminate", "time": "2099-01-01T00:00:00"}')
+        cloud_notices.aws_instance_action('{"action": "terminate", "time": "2099-01-01T00:00:00"}')
     west = datetime(2099, 1, 1, tzinfo=timezone(timedelta(hours=-8)))
     action = json.dumps({"action": "terminate", "time": west.isoformat()})
-    assert notice_watcher.aws_instance_action(action).deadline == SOON_S + 8 * 3600
+    assert cloud_notices.aws_instance_action(action).deadline == SOON_S + 8 * 3600
 
 
 # How it is asked for.
@@ -193,7 +194,7 @@ def test_azure_is_never_told_to_go_ahead(azure):
 @pytest.mark.parametrize("trouble", ["closed", "error", "silence"])
 def test_a_service_in_trouble_is_asked_again_and_logged_once(aws, caplog, monkeypatch, trouble):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(notice_watcher, "HTTP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cloud_notices, "HTTP_TIMEOUT_S", 0.2)
     metadata = Aws(aws.url)
     assert metadata.poll(POLL_S) is None
     if trouble == "silence":
