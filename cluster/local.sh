@@ -74,7 +74,12 @@ END
 stop() {
     [ -e "$node/pid" ] || fail "nothing was started from $node"
     leader="$(cat "$node/pid")"
-    kill -TERM "$leader" 2> /dev/null || true
+    if ! ps -o args= -p "$leader" | grep -q "ray start"; then  # gone, and its number may be another program's by now
+        rm "$node/pid"
+        echo "what was started from $node has ended already"
+        return
+    fi
+    kill -TERM "$leader"
     for _ in $(seq $((stop_s * 5))); do
         kill -0 "$leader" 2> /dev/null || break
         sleep 0.2

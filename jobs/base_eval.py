@@ -30,8 +30,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     run = run_folder(args.storage, args.run)
     device, _ = pick_device()
     dtype, _ = pick_dtype(device, args.dtype)
-    model, plan, step = load_model(run / "base", device, dtype)
     tokenizer = Tokenizer.load(run / "tokenizer")
+    model, plan, step = load_model(run / "base", tokenizer.fingerprint, device, dtype)
     corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     row_tokens = plan.micro_batch_rows * plan.model.sequence_len

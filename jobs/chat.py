@@ -8,6 +8,7 @@
 """
 
 import argparse
+import io
 import os
 import secrets
 import sys
@@ -31,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=50, help="choose among this many tokens")
     parser.add_argument("--max-tokens", type=int, default=512, help="length limit of a reply")
     parser.add_argument("--seed", type=int, default=None, help="makes replies reproducible (default: random)")
-    parser.add_argument("--device", default=None, help="cuda | mps | cpu (default: the best that there is)")
+    devices = ("cuda", "mps", "cpu")
+    parser.add_argument("--device", choices=devices, default=None, help="default: the best that there is")
     return parser
 
 
@@ -46,7 +48,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except UserError as error:
         raise UsageError(str(error)) from error
     answer = _server(args.url, params) if args.url else _local(args, params)
+    for stream in (sys.stdin, sys.stdout):  # bytes that are no text are shown as such, not a reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if args.prompt is not None:
+        args.prompt = args.prompt.encode(errors="replace").decode()
         return {"reply": _say(answer, [{"role": "user", "content": args.prompt}])["content"], "seed": seed}
     return {"turns": _converse(answer)}
 

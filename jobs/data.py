@@ -49,6 +49,7 @@ def show_step(args: argparse.Namespace, corpus: "Corpus") -> dict[str, Any]:
     from nanochat_ray.stream.order import epoch_order
     from nanochat_ray.stream.rows import PretrainingRows, step_rows, stream_hash
     from nanochat_ray.tokenizer import Tokenizer
+    from nanochat_ray.train.checkpoint import Checkpoints
 
     run = run_folder(args.storage, args.run)
     if not (run / "base").exists("plan.json"):
@@ -56,6 +57,10 @@ def show_step(args: argparse.Namespace, corpus: "Corpus") -> dict[str, Any]:
     plan = Plan.from_dict((run / "base").read_json("plan.json"))
     if not 0 <= args.show_step < plan.steps:
         raise UsageError(f"--show-step {args.show_step}: the plan has steps 0 to {plan.steps - 1}")
+    checkpoints = Checkpoints.of(run / "base")
+    for step in checkpoints.steps()[-1:]:
+        if checkpoints.state(step).cursor.identity.corpus != corpus.fingerprint:
+            raise UserError(f"{run / 'base'} was trained on another corpus than {corpus.name}; name it with --corpus")
     tokenizer = Tokenizer.load(run / "tokenizer")
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     batches = step_rows(source, corpus.train, plan.micro_batch_rows, plan.micro_batches, plan.seed, args.show_step)

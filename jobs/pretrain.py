@@ -41,13 +41,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.data.corpus import open_corpus
     from nanochat_ray.stream.rows import PretrainingRows
     from nanochat_ray.tokenizer import Tokenizer
-    from nanochat_ray.train.ray_trainer import TrainingJob, run_training, training_figures
+    from nanochat_ray.train.job import TrainingJob, training_figures
+    from nanochat_ray.train.ray_trainer import run_training
 
     run.require_writable()
     tokenizer = Tokenizer.load(run / "tokenizer")
     corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
-    if args.fresh:
-        base.delete()
     job = TrainingJob.from_flags(
         args,
         stage=base,
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     )
     with connect(args.address, workers[1]) as cluster:
         print(f"{cluster.describe()}; corpus {corpus.name}: {len(corpus.train):,} units")
-        unchanged = not run_training(job, cluster, workers)
+        unchanged = not run_training(job, cluster, workers, args.fresh)
     return {**training_figures(base), "unchanged": unchanged, "artifacts": {"base": str(base)}}
 
 

@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from nanochat_ray import cli
+from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
 
 
@@ -18,6 +19,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.report import build_card
 
     run = run_folder(args.storage, args.run)
+    if not (run / "tokenizer").exists():
+        raise UserError(f"no run named {args.run!r} in {args.storage}: nothing to report; check --run and --storage")
     figures = build_card(run)
     files = {"report_html": f"{run}/report/report.html", "report_md": f"{run}/report/report.md"}
     for file in files.values():

@@ -15,8 +15,9 @@ from nanochat_ray import cli
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.build_parser("jobs.serve", __doc__, ["run", "storage", "port", "address"])
     parser.add_argument("--stage", choices=("sft", "base"), default="sft", help="which of the run's models to serve")
-    parser.add_argument("--device", default=None, help="cuda | mps | cpu (default: the best that there is)")
-    parser.add_argument("--dtype", default=None, help="bf16 | fp32 (default: what suits the device)")
+    devices = ("cuda", "mps", "cpu")
+    parser.add_argument("--device", choices=devices, default=None, help="default: the best that there is")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="default: what suits the device")
     return parser
 
 

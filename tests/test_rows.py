@@ -15,6 +15,7 @@ from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.rows import (
     ChatRows,
+    MicroBatch,
     PretrainingRows,
     count_rows,
     micro_batches,
@@ -78,6 +79,24 @@ def test_the_sequence_goes_on_from_any_micro_batch(rows_per_unit, micro_batch_ro
 def test_a_corpus_without_a_single_row_is_an_error_and_not_an_endless_search():
     with pytest.raises(UserError, match="too small"):
         next(micro_batches(NumberedRows(4), as_units([0, 0, 0]), 2, RowId(0, 0, 0), 1))
+
+
+@pytest.mark.parametrize(
+    ("ids", "in_order"),
+    [
+        ([(0, 0, 5), (0, 0, 6), (0, 1, 0), (0, 3, 0), (1, 0, 0)], True),
+        ([(0, 0, 5)], True),
+        ([(0, 0, 5), (0, 0, 7)], False),
+        ([(0, 0, 5), (0, 0, 5)], False),
+        ([(0, 0, 5), (0, 1, 1)], False),
+        ([(0, 1, 0), (0, 0, 0)], False),
+        ([(1, 0, 0), (0, 5, 0)], False),
+    ],
+)
+def test_rows_that_are_missing_repeated_or_exchanged_are_noticed(ids, in_order):
+    count = len(ids)
+    batch = MicroBatch(np.array(ids), np.zeros((count, 3), np.int32), np.zeros(count, np.int32))
+    assert batch.is_in_order() is in_order
 
 
 def test_the_digest_depends_on_tokens_and_on_place():

@@ -222,12 +222,12 @@ def test_the_job_trains_keeps_and_refuses_to_mix_settings(tmp_path, capsys):
         return tokenizer_job.main(tokenizer_job.build_parser().parse_args(arguments))
 
     first = run("400")
-    assert not first["kept"]
+    assert not first["unchanged"]
     assert first["chars"] <= 10_000 * first["documents"]
     folder = Folder.at(first["artifacts"]["tokenizer"])
     assert Tokenizer.load(folder).fingerprint == first["fingerprint"]
 
-    assert run("400") == {**first, "kept": True}
+    assert run("400") == {**first, "unchanged": True}
     assert "already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"vocab_size: 400 → 401.*--fresh"):
         run("401")

@@ -147,7 +147,7 @@ def _as_served(plan: Plan, device: torch.device, dtype: torch.dtype) -> GPT:
     with tempfile.TemporaryDirectory() as folder:
         stage = Folder.at(folder)
         Checkpoints.of(stage).save(TrainState(plan, Cursor(identity)), build_model(plan).state_dict(), {})
-        return load_model(stage, device, dtype)[0]
+        return load_model(stage, identity.tokenizer, device, dtype)[0]
 
 
 @torch.inference_mode()

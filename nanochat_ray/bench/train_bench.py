@@ -24,8 +24,9 @@ from nanochat_ray.stream.rows import MicroBatch, PretrainingRows, micro_batches,
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import build_model
 from nanochat_ray.train.events import read_events
+from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.loop import Cadence
-from nanochat_ray.train.ray_trainer import TrainingJob, run_training
+from nanochat_ray.train.ray_trainer import run_training
 from nanochat_ray.train.step import World, run_step
 
 WARMUP_STEPS = 3

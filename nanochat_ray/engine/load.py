@@ -53,7 +53,7 @@ def load_chat_model(
     on, _ = pick_device(device)
     activations, _ = pick_dtype(on, dtype)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    model, plan, step = load_model(folder / stage, on, activations)
+    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations)
     model.freeze(activations)
     about = {
         "run": run,

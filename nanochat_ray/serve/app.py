@@ -18,8 +18,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -31,7 +31,7 @@ from ray import serve
 from starlette.exceptions import HTTPException
 
 from nanochat_ray import chat
-from nanochat_ray.cluster import connect
+from nanochat_ray.cluster import STOP_SIGNALS, connect
 from nanochat_ray.engine.load import ChatModel, load_chat_model, require_trained
 from nanochat_ray.engine.worker import Busy, EngineThread, Ticket
 from nanochat_ray.errors import UserError
@@ -261,7 +261,7 @@ def serve_app_until_interrupted(
     """As `serve_until_interrupted`, for the application that `build` makes once the cluster is there."""
     require_free_port(port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with connect(address), _signals_interrupt():
+    with connect(address):
         serve.start(
             http_options={"host": HOST, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
@@ -275,23 +275,9 @@ def serve_app_until_interrupted(
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
         finally:
-            for number in _STOP_SIGNALS:  # a second Ctrl-C must not leave processes behind
+            for number in STOP_SIGNALS:  # a second Ctrl-C must not leave processes behind
                 signal.signal(number, signal.SIG_IGN)
             serve.shutdown()
-
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM acts as Ctrl-C. To be entered after `ray.init`, which installs a handler of its own."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +60,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        limit = _Limit(receive)
+
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
@@ -66,14 +69,17 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        headers = dict(scope["headers"])
-        refusal = _refusal(headers)
+        async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
+            if not limit.exceeded:  # the app takes a body that ends in an error for a malformed one
+                await send_with_headers(message)
+
+        refusal = _refusal(dict(scope["headers"]))
         if refusal is None:
-            try:
-                await self._app(scope, _limited(receive), send_with_headers)
+            with suppress(_BodyTooLarge):
+                await self._app(scope, limit, send_unless_refused)
+            if not limit.exceeded:
                 return
-            except _BodyTooLarge:
-                refusal = 413, f"the body is larger than {MAX_BODY_BYTES} bytes"
+            refusal = 413, f"the body is larger than {MAX_BODY_BYTES} bytes"
         await _refuse(send_with_headers, *refusal)
 
 
@@ -83,10 +89,14 @@ class _BodyTooLarge(Exception):
 
 def _refusal(headers: dict[bytes, bytes]) -> tuple[int, str] | None:
     host = headers.get(b"host", b"").decode("latin-1")
-    if urlsplit(f"//{host}").hostname not in LOOPBACK_NAMES:
-        return 403, "this server answers only to the names localhost and 127.0.0.1"
     origin = headers.get(b"origin", b"").decode("latin-1")
-    if origin and urlsplit(origin).netloc != host:
+    try:
+        name, from_host = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+    except ValueError:
+        return 403, "the Host or Origin header is not a valid address"
+    if name not in LOOPBACK_NAMES:
+        return 403, "this server answers only to the names localhost and 127.0.0.1"
+    if origin and from_host != host:
         return 403, "requests from pages of other sites are refused"
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
@@ -94,18 +104,21 @@ def _refusal(headers: dict[bytes, bytes]) -> tuple[int, str] | None:
     return None
 
 
-def _limited(receive: Receive) -> Receive:
-    received = 0
+class _Limit:
+    """Receives a body, as long as it is not too large; it may come without Content-Length."""
 
-    async def limited() -> MutableMapping[str, Any]:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:  # a body without Content-Length
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._received = 0
+        self.exceeded = False
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > MAX_BODY_BYTES:
+            self.exceeded = True
             raise _BodyTooLarge
         return message
-
-    return limited
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

@@ -209,6 +209,8 @@ def describe_invalid(errors: list[Any]) -> tuple[str, str | None]:
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return "the body is not valid JSON", None
+    if first["type"] == "model_attributes_type" and not where:
+        return "send the body as a JSON object with the header Content-Type: application/json", None
     # A union's errors name the branch that was tried; the field is what helps.
     param = ".".join(part for part in where if part not in ("str", "list[Part]", "list[str]")) or None
     message = str(first["msg"]).removeprefix("Value error, ")

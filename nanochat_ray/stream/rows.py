@@ -83,6 +83,14 @@ class MicroBatch:
     def last_row(self) -> RowId:
         return RowId(*map(int, self.row_ids_M3[-1]))
 
+    def is_in_order(self) -> bool:
+        """Whether each row is the next one of its unit, or the first of a later unit."""
+        before, after = self.row_ids_M3[:-1], self.row_ids_M3[1:]
+        epochs, positions, rows = (after - before).T
+        same_unit = (epochs == 0) & (positions == 0)
+        later_unit = (epochs > 0) | ((epochs == 0) & (positions > 0))
+        return bool(np.all((same_unit & (rows == 1)) | (later_unit & (after[:, 2] == 0))))
+
     def digest(self) -> int:
         """Signed 64-bit hash of ids and tokens."""
         hasher = hashlib.blake2b(digest_size=8)
@@ -166,6 +174,16 @@ def count_rows(source: RowSource, units: Sequence[Unit]) -> int:
     """Rows of one epoch: exact for few units, from an even sample of them for many."""
     sampled = units[:: -(-len(units) // MAX_COUNTED_UNITS)]
     return sum(len(source.rows(unit)[0]) for unit in sampled) * len(units) // len(sampled)
+
+
+def rows_up_to(source: RowSource, units: Sequence[Unit], most: int) -> int:
+    """Rows of one epoch; counting ends with the unit that reaches `most`."""
+    rows = 0
+    for unit in units:
+        rows += len(source.rows(unit)[0])
+        if rows >= most:
+            break
+    return rows
 
 
 def step_rows(

@@ -5,5 +5,8 @@ loop         steps, evaluations, checkpoints (plain torch, takes callables)
 checkpoint   folders that appear whole, verify themselves and load under any world size
 events       JSONL and TensorBoard
 progress     the live line, read from the events
-ray_trainer  the same loop on Ray Train workers, fed by Ray Data
+job          what a stage is, as plain data
+worker       one Ray Train worker running the loop
+ray_trainer  the group of workers, fed by Ray Data
+elastic      which machines a group may use, and when it leaves for a new size
 """

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 
+from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.plan import Plan
@@ -34,11 +35,16 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that is saved besides tensors: the plan, where the stream stands, and the best evaluation so far."""
+    """All that is saved besides tensors.
+
+    Attributes:
+        initial_model: the digest of the checkpoint whose weights the stage began with; None: it began at random.
+    """
 
     plan: Plan
     cursor: Cursor
     best_val_bpb: float | None = None
+    initial_model: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -46,13 +52,19 @@ class TrainState:
             "plan": self.plan.to_dict(),
             "cursor": self.cursor.to_dict(),
             "best_val_bpb": self.best_val_bpb,
+            "initial_model": self.initial_model,
         }
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> "TrainState":
         if value.get("schema") != SCHEMA_VERSION:
             raise UserError(f"checkpoint schema {value.get('schema')} is not {SCHEMA_VERSION}; train with --fresh")
-        return TrainState(Plan.from_dict(value["plan"]), Cursor.from_dict(value["cursor"]), value["best_val_bpb"])
+        return TrainState(
+            Plan.from_dict(value["plan"]),
+            Cursor.from_dict(value["cursor"]),
+            value["best_val_bpb"],
+            value.get("initial_model"),
+        )
 
 
 @dataclass(frozen=True)
@@ -91,12 +103,21 @@ class Checkpoints:
         return sorted(step for step in steps if (self.folder / _name(step)).exists(MANIFEST))
 
     def newest_valid(self, warn: Callable[[str], None]) -> int | None:
-        """The step of the newest checkpoint that verifies, warning about each damaged one passed over."""
+        """The step of the newest checkpoint that verifies, warning about damaged newer ones; None if there is none.
+
+        Raises:
+            UserError: there are checkpoints and all are damaged; to begin again must be the user's own decision.
+        """
+        damaged: list[str] = []
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if damage is None:
+                for line in damaged:
+                    warn(f"{line}; using step {step}")
                 return step
-            warn(f"checkpoint {self.folder}/{_name(step)} is damaged ({damage}); using the one before it")
+            damaged.append(f"checkpoint {self.folder / _name(step)} is damaged ({damage})")
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}. No other is there: restore one, or start anew with --fresh")
         return None
 
     def damage(self, step: int) -> str | None:
@@ -104,12 +125,18 @@ class Checkpoints:
         place = self.folder / _name(step)
         try:
             files = place.read_json(MANIFEST)["files"]
-            for name, seal in files.items():
-                if _Seal.of(place.read_pieces(name)).to_dict() != seal:
+            if sorted(files) != sorted((MODEL, OPTIMIZER, STATE)):
+                return f"{MANIFEST} does not list its files"
+            for name in files:
+                if _Seal.of(place.read_pieces(name)).to_dict() != files[name]:
                     return f"{name} is not what was written"
         except (FileNotFoundError, KeyError, TypeError, UserError) as error:
             return str(error)
         return None
+
+    def digest(self, step: int) -> str:
+        """The sha256 of a checkpoint's weights."""
+        return (self.folder / _name(step)).read_json(MANIFEST)["files"][MODEL]["sha256"]
 
     def state(self, step: int) -> TrainState:
         return TrainState.from_dict((self.folder / _name(step)).read_json(STATE))
@@ -121,11 +148,18 @@ class Checkpoints:
         return load_tensors((self.folder / _name(step)).read(OPTIMIZER))
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` finished checkpoints, and unfinished ones older than those."""
+        """Delete all but the newest `keep` (at least 1) finished checkpoints, and unfinished ones older than those."""
         oldest_kept = self.steps()[-keep:][0]
+        self._delete(lambda step: step < oldest_kept)
+
+    def delete_after(self, step: int) -> None:
+        """Delete what lies beyond a step from which training goes on: damaged, or never finished."""
+        self._delete(lambda other: other > step)
+
+    def _delete(self, unwanted: Callable[[int], bool]) -> None:
         for name in self.folder.list():
             match = re.fullmatch(r"step_(\d+)", name)
-            if match and int(match[1]) < oldest_kept:
+            if match and unwanted(int(match[1])):
                 (self.folder / name).delete(MANIFEST)  # first, so that a reader never sees a half-deleted one
                 self.folder.delete(name)
 
@@ -184,9 +218,10 @@ def build_model(plan: Plan) -> GPT:
 
 def load_model(
     stage: Folder,
+    tokenizer_fingerprint: str,
     device: torch.device,
     dtype: torch.dtype,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = warn,
 ) -> tuple[GPT, Plan, int]:
     """The newest valid model of a stage, ready for inference, with its plan and step.
 
@@ -194,7 +229,7 @@ def load_model(
         dtype: of the activations and of the stored matrices.
 
     Raises:
-        UserError: the stage has no usable checkpoint.
+        UserError: the stage has no usable checkpoint, or was trained with another tokenizer.
     """
     checkpoints = Checkpoints.of(stage)
     step = checkpoints.newest_valid(warn)
@@ -202,7 +237,13 @@ def load_model(
         raise UserError(
             f"no trained model in {stage}: run the stage that writes it first (pretrain for base, then sft)"
         )
-    plan = checkpoints.state(step).plan
+    state = checkpoints.state(step)
+    if state.cursor.identity.tokenizer != tokenizer_fingerprint:
+        raise UserError(
+            f"{stage} was trained with another tokenizer than the one that is in its run now; "
+            "put the old one back, or train again with --fresh"
+        )
+    plan = state.plan
     model = build_model(plan)
     model.load_state_dict(checkpoints.model(step))
     return model.to(device).freeze(dtype), plan, step

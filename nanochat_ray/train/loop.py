@@ -9,7 +9,7 @@ from nanochat_ray.stream.rows import MicroBatch
 from nanochat_ray.train.checkpoint import TrainState
 from nanochat_ray.train.step import StepResult, SummedLoss, World, run_step
 
-CHECKPOINT_REQUEST = 1
+SAVE, LEAVE = 1, 2  # what worker 0 may ask of all in a step; the request of a step is a sum of these
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop cannot do itself. Every worker calls each of them at the same steps."""
+    """What the loop cannot do itself. All workers call each at the same steps; `request` only worker 0."""
 
     evaluate: Callable[[int], float]  # step → validation bits per byte
     save: Callable[[TrainState], None]
     on_step: Callable[[StepResult, TrainState, float], None]  # result, state after it, seconds
+    request: Callable[[], int]  # SAVE and LEAVE, as seen from outside the loop
+    leave: Callable[[], None]  # ends this worker, everything being saved; does not return
 
 
 def train(
@@ -51,8 +53,10 @@ def train(
     saved_at = clock()
     while state.cursor.step < plan.steps:
         began = clock()
-        due = world.rank == 0 and began - saved_at >= cadence.checkpoint_every_s
-        request = CHECKPOINT_REQUEST if due else 0
+        request = 0
+        if world.rank == 0:
+            due = began - saved_at >= cadence.checkpoint_every_s
+            request = hooks.request() | (SAVE if due else 0)
         result = run_step(plan, summed_loss, optimizer, state.cursor, first_step, micro_batches, world, request)
         state = replace(state, cursor=state.cursor.advanced(result.last_row, plan.batch_tokens))
         hooks.on_step(result, state, clock() - began)
@@ -60,9 +64,11 @@ def train(
         is_last = state.cursor.step == plan.steps
         if is_last or state.cursor.step % cadence.eval_every_steps == 0:
             state = _evaluated(state, hooks)
-        if is_last or result.request == CHECKPOINT_REQUEST:
+        if is_last or result.request:
             hooks.save(state)
             saved_at = clock()
+        if result.request & LEAVE and not is_last:
+            hooks.leave()
     return state
 
 

@@ -2,7 +2,8 @@
 
 Workers agree through one all-reduce of a table of integers in which each micro-batch's line is written by the worker
 that ran it and zero elsewhere: row ids, digest, loss bits, target count. So every worker sees the same losses in the
-same order, bit for bit, whatever the world size; and any break in the row sequence is noticed at the step it happens.
+same order, bit for bit, whatever the world size; and rows of a unit that are missing, repeated or exchanged, or units
+out of order, are noticed at the step where it happens.
 """
 
 import math
@@ -85,6 +86,8 @@ def run_step(
         began = time.perf_counter()
         micro_batch = next(micro_batches)
         waited += time.perf_counter() - began
+        if not micro_batch.is_in_order():
+            raise RuntimeError(f"rows out of order in micro-batch {index}: {micro_batch.row_ids_M3.tolist()}")
         line = table[index - cursor.step * plan.micro_batches]
         line[_LOSS_BITS], line[_TARGETS] = _forward_backward(summed_loss, micro_batch, world.device)
         line[_FIRST] = torch.from_numpy(micro_batch.row_ids_M3[0])
@@ -101,7 +104,8 @@ def run_step(
         bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
         raise UserError(
             f"the loss of step {cursor.step} is not finite (micro-batches {bad} of {plan.micro_batches}); the weights "
-            f"were not updated. See its text with `python -m jobs.data --show-step {cursor.step}`, or lower the rates"
+            f"were not updated. See its text with `python -m jobs.data --show-step {cursor.step}` and the "
+            "--run, --storage and --corpus of this run, or lower the rates"
         )
     optimizer.step(
         lr_multiplier=lr_multiplier(plan, cursor.step),
@@ -136,7 +140,10 @@ def _forward_backward(
 
 
 def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:
-    """The step's last row, having checked that its micro-batches follow the cursor and each other without a gap."""
+    """The step's last row, having checked that its micro-batches follow the cursor and each other.
+
+    A unit may fill no row, so that a later unit than the next one may follow.
+    """
     expected = cursor.next_row
     for line in lines:
         first, last = RowId(*line[_FIRST].tolist()), RowId(*line[_LAST].tolist())

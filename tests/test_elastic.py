@@ -1,0 +1,91 @@
+"""When a group of workers saves and leaves: counted from machines that answer and stay. Pure; no cluster."""
+
+import pytest
+
+from nanochat_ray.train.elastic import STEADY_FOR_S, Machines, Watch
+
+WORKER = {"CPU": 1.0}
+GPU_WORKER = {"GPU": 1.0, "CPU": 1.0}
+
+
+class Sky:
+    """Machines as a test wants them, and a clock."""
+
+    def __init__(self, usable, leaving=None):
+        self.machines, self.now = Machines(usable, leaving or {}), 1000.0
+
+    def watch(self, own, most):
+        return Watch(own, len(own), most, WORKER, lambda: self.machines, lambda: self.now)
+
+
+def cpus(**nodes):
+    return {name: {"CPU": float(count)} for name, count in nodes.items()}
+
+
+@pytest.mark.parametrize(
+    ("usable", "per_worker", "places"),
+    [
+        (cpus(a=2, b=2), WORKER, 2),
+        (cpus(a=3), WORKER, 2),
+        (cpus(a=1), WORKER, 0),  # no room to read data beside it
+        ({"head": {"memory": 1e9}, **cpus(a=2)}, WORKER, 1),
+        ({"a": {"GPU": 8.0, "CPU": 96.0}, "b": {"GPU": 8.0, "CPU": 6.0}, "head": {"CPU": 16.0}}, GPU_WORKER, 12),
+        ({}, WORKER, 0),
+    ],
+)
+def test_a_place_has_what_a_worker_needs_and_room_to_read_its_data(usable, per_worker, places):
+    assert Machines(usable, {}).places(per_worker) == places
+
+
+def test_a_notice_is_taken_once_per_machine_and_the_first_deadline_counts():
+    sky = Sky(cpus(b=2), leaving={"a": 1030.0})
+    watch = sky.watch({"a", "b"}, most=4)
+    watch.look()
+    assert watch.deadline == 1030.0
+    assert [watch.take_notice(), watch.take_notice()] == [True, False]
+    watch.look()
+    assert not watch.take_notice()
+    sky.machines = Machines({}, {"a": 1030.0, "b": 1020.0})
+    watch.look()
+    assert watch.take_notice()
+    assert watch.deadline == 1020.0
+
+
+def test_the_notice_of_a_machine_of_another_job_is_not_ours():
+    sky = Sky(cpus(a=2), leaving={"z": 1030.0})
+    watch = sky.watch({"a"}, most=1)
+    watch.look()
+    assert not watch.take_notice()
+    assert watch.deadline is None
+
+
+def test_a_group_grows_once_more_room_has_been_there_for_a_while():
+    sky = Sky(cpus(a=2, b=2))
+    watch = sky.watch({"a"}, most=4)
+    watch.look()
+    assert not watch.may_grow
+    sky.now += STEADY_FOR_S
+    watch.look()
+    assert watch.may_grow
+    sky.machines = Machines(cpus(a=2), {})  # it was only passing by
+    watch.look()
+    assert not watch.may_grow
+
+
+def test_a_group_of_the_largest_size_does_not_grow():
+    sky = Sky(cpus(a=2, b=2, c=2))
+    watch = sky.watch({"a", "b"}, most=2)
+    for _ in range(3):
+        sky.now += STEADY_FOR_S
+        watch.look()
+        assert not watch.may_grow
+
+
+def test_a_machine_that_is_replaced_before_it_goes_does_not_make_the_group_leave_early():
+    sky = Sky(cpus(b=2, c=2), leaving={"a": 1030.0})
+    watch = sky.watch({"a", "b"}, most=4)
+    for _ in range(3):
+        sky.now += STEADY_FOR_S
+        watch.look()
+    assert not watch.may_grow
+    assert watch.deadline == 1030.0
