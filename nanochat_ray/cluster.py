@@ -39,7 +39,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where we are connected, in words and numbers."""
+    """Where we are connected: what is there, or what an autoscaler may bring where that is more."""
 
     address: str
     cpus: float
@@ -130,11 +130,11 @@ def _join(address: str | None) -> None:
 
 
 def _describe() -> Cluster:
-    resources = ray.cluster_resources()
+    resources, may_bring = ray.cluster_resources(), _largest_with_autoscaler()
     return Cluster(
         address=ray.get_runtime_context().gcs_address,
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
+        cpus=max(resources.get("CPU", 0.0), may_bring.get("CPU", 0)),
+        gpus=max(resources.get("GPU", 0.0), may_bring.get("GPU", 0)),
         nodes=len([node for node in ray.nodes() if node["Alive"]]),
     )
 
@@ -143,11 +143,9 @@ def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -
     """Refuse a number of workers that the cluster can never hold.
 
     Raises:
-        UserError: each resource that falls short, even if an autoscaler brought all it may.
+        UserError: each resource that falls short.
     """
     have = {"CPU": cluster.cpus, "GPU": cluster.gpus}
-    for name, most in _largest_with_autoscaler().items():
-        have[name] = max(have.get(name, 0), most)
     short = [
         f"{workers * need:g} {name}, it can have {have[name]:g}"
         for name, need in per_worker.items()

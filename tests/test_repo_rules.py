@@ -42,8 +42,14 @@ BANNED_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 
 LIBRARY = sorted((ROOT / "nanochat_ray").rglob("*.py"))
 JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.name != "__init__.py")
-SOURCES = [*LIBRARY, *JOBS, *sorted((ROOT / "kernels").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+SOURCES = [
+    *LIBRARY,
+    *JOBS,
+    *sorted((ROOT / "cluster").rglob("*.py")),
+    *sorted((ROOT / "kernels").rglob("*.py")),
+    *sorted((ROOT / "tests").rglob("*.py")),
+]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "cluster/README.md"]
 
 
 def imports(path: Path) -> set[str]:

@@ -20,6 +20,8 @@ from ray.train.torch import TorchTrainer
 # Not public, but the only place where Ray Train takes a scaling policy; the version is pinned and tests hold it.
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
+from nanochat_ray.cli import warn
+
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
 STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them would cost a restart each
@@ -137,8 +139,8 @@ class Watch:
         while not self._stop.wait(WATCH_EVERY_S):
             try:
                 self.look()
-            except (OSError, RuntimeError, ray.exceptions.RayError):
-                continue  # the head is away for a moment; the next look tells
+            except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+                warn(f"the cluster's head did not say which machines there are ({error}); asking again")
 
 
 class UsableMachinesPolicy(ElasticScalingPolicy):

@@ -50,6 +50,8 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
             num_workers=workers[0] if workers[0] == workers[1] else workers,  # type: ignore[arg-type]
             resources_per_worker=resources,
             use_gpu="GPU" in resources,
+            # Workers that fill a machine's cores leave none for the tasks that read their data.
+            placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         ),
         run_config=RunConfig(
             name=job.attempt,  # never an old name: our own checkpoints say where to go on
