@@ -1,0 +1,113 @@
+"""A Ray cluster whose machines come and go: a process of its own, told by lines on its standard input.
+
+    with spot_cluster(machines=2) as cluster:
+        cluster.drain(cluster.machines[0], notice_s=8); cluster.kill(cluster.machines[1]); cluster.add()
+
+The head has no CPU, as in cluster/aws-spot.yaml; a machine has two, so that one worker and the task that reads its data
+fit. `RAY_…` settings and a random token are in `cluster.environment`, for whoever joins.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+STORE_BYTES = 100 << 20
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+@dataclass
+class SpotCluster:
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+    address: str = ""
+    machines: list[str] = field(default_factory=list)  # hex node ids, oldest first
+
+    def tell(self, **order: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # what Ray prints is not for us
+                return json.loads(line)
+        raise AssertionError("the simulated cluster has ended")
+
+    def add(self) -> str:
+        self.machines.append(self.tell(do="add")["machine"])
+        return self.machines[-1]
+
+    def drain(self, machine: str, notice_s: float) -> float:
+        """Give a machine its notice; returns its deadline, seconds since the epoch. It does not go by itself."""
+        return self.tell(do="drain", machine=machine, notice_s=notice_s)["deadline"]
+
+    def kill(self, machine: str) -> None:
+        """All of the machine's processes at once, as when the cloud takes it."""
+        self.machines.remove(machine)
+        self.tell(do="kill", machine=machine)
+
+
+@contextmanager
+def spot_cluster(machines: int) -> Iterator[SpotCluster]:
+    with tempfile.TemporaryDirectory(prefix="nm", dir="/tmp") as folder:  # short: it becomes part of socket names
+        environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
+        command = [sys.executable, "-m", "tests.spot_cluster"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
+            cluster = SpotCluster(process, environment)
+            try:
+                cluster.address = cluster.tell(do="start")["address"]
+                for _ in range(machines):
+                    cluster.add()
+                yield cluster
+            finally:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.wait(timeout=60)
+
+
+def main() -> None:
+    from ray._raylet import GcsClient
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    cluster, nodes = Cluster(initialize_head=True, head_node_args=head), {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer: dict[str, Any] = {"address": cluster.address}
+        if order["do"] == "add":
+            node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+            nodes[node.node_id] = node
+            answer["machine"] = node.node_id
+        elif order["do"] == "drain":
+            answer["deadline"] = time.time() + order["notice_s"]
+            preemption = 2  # DRAIN_NODE_REASON_PREEMPTION
+            client = GcsClient(address=cluster.address)
+            accepted, why = client.drain_node(order["machine"], preemption, "test", round(answer["deadline"] * 1000))
+            assert accepted, why
+        elif order["do"] == "kill":
+            cluster.remove_node(nodes.pop(order["machine"]), allow_graceful=False)
+        print(json.dumps(answer), flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
