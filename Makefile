@@ -38,11 +38,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest
+QUICK := not ray and not browser and not slow
+
+test: test-fast
+	$(BIN)/python -m pytest -m "not ($(QUICK))"
 
 test-fast: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not ray and not browser and not slow"
+	$(BIN)/python -m pytest --numprocesses 2 -m "$(QUICK)"
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis nanochat_ray.egg-info build dist

@@ -46,8 +46,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
             stage_began = time.monotonic()
-            figures[stage] = _stage_job(stage, args)
-            _note_time(run, stage, time.monotonic() - stage_began, figures[stage])
+            try:
+                figures[stage] = _stage_job(stage, args)
+            except BaseException:
+                _note_time(run, stage, time.monotonic() - stage_began, "interrupted")
+                raise
+            status = "unchanged" if figures[stage].get("unchanged") else "done"
+            _note_time(run, stage, time.monotonic() - stage_began, status)
     seconds = time.monotonic() - began
     print(f"\nfrom raw text to report card in {seconds / 60:.1f} minutes: {run / 'report' / 'report.html'}", flush=True)
     if args.serve:
@@ -74,14 +79,18 @@ def _argv(stage: str, args: argparse.Namespace) -> list[str]:
     return argv
 
 
-def _note_time(run: Folder, stage: str, seconds: float, figures: dict[str, Any]) -> None:
-    """Keep `report/stages.json` up to date; a stage that had nothing to do keeps the time it once took."""
+def _note_time(run: Folder, stage: str, seconds: float, status: str) -> None:
+    """Keep `report/stages.json` up to date: an interrupted stage adds up, one with nothing to do keeps what it took."""
     report = run / "report"
     entries = {
         entry["stage"]: entry for entry in (report.read_json("stages.json") if report.exists("stages.json") else [])
     }
-    if not (figures.get("unchanged") and stage in entries):
-        entries[stage] = {"stage": stage, "seconds": round(seconds, 1), "status": "done"}
+    before = entries.get(stage, {"seconds": 0.0, "status": "done"})
+    if before["status"] == "interrupted":
+        seconds += before["seconds"]
+    elif status == "unchanged" and stage in entries:
+        seconds = before["seconds"]
+    entries[stage] = {"stage": stage, "seconds": round(seconds, 1), "status": status.replace("unchanged", "done")}
     report.write("stages.json", json.dumps([entries[name] for name in STAGES if name in entries], indent=2))
 
 
