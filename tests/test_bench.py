@@ -49,7 +49,7 @@ def test_a_fresh_process_has_the_environment_of_ray_workers():
 
 def test_a_watch_sees_memory_and_cpu_of_this_process_and_its_descendants():
     with Watch() as watch:
-        child = in_fresh_process(_process_id_after, 3 * SAMPLE_EVERY_S)
+        child = in_fresh_process(_process_id_after, 1.5 * SAMPLE_EVERY_S)
         sum(range(10**7))
     assert child in watch.peaks
     assert os.getpid() in watch.peaks

@@ -220,6 +220,7 @@ def unknown_keys(value: Any, schema: dict[str, Any], place: str = "") -> list[st
     ]
 
 
+@pytest.mark.slow  # KubeRay's schemas are megabytes of YAML
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_kuberay_accepts_the_manifests_and_knows_every_key(kind, shared_data):
     schema = json.loads((shared_data / "k8s" / f"{kind.lower()}s.v1.schema.json").read_text())
