@@ -17,13 +17,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from itertools import islice, takewhile
+    from itertools import islice
 
     from nanochat_ray.data.corpus import open_corpus
     from nanochat_ray.device import pick_device, pick_dtype
     from nanochat_ray.eval.bpb import evaluate_bpb
-    from nanochat_ray.stream.cursor import RowId
-    from nanochat_ray.stream.rows import PretrainingRows, micro_batches
+    from nanochat_ray.stream.rows import PretrainingRows, one_epoch
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import load_model
 
@@ -38,15 +37,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     count = max(1, (args.eval_tokens or 2**16) // row_tokens)
 
     def bits_per_byte(units: Any) -> float:
-        once = takewhile(
-            lambda batch: batch.last_row.epoch == 0,
-            micro_batches(source, units, plan.micro_batch_rows, RowId(0, 0, 0), plan.seed),
-        )
+        once = one_epoch(source, units, plan.micro_batch_rows, plan.seed)
         losses = lambda inputs, targets: model(inputs, targets, reduction="none")  # noqa: E731
         return evaluate_bpb(losses, islice(once, count), tokenizer.token_bytes(), device)
 
     samples = []
-    for batch in islice(micro_batches(source, corpus.validation, 1, RowId(0, 0, 0), plan.seed), SAMPLES):
+    for batch in islice(one_epoch(source, corpus.validation, 1, plan.seed), SAMPLES):
         opening = batch.tokens_MT[0, :OPENING_TOKENS].tolist()
         continuation = list(model.generate(opening, SAMPLE_TOKENS, temperature=0.0))
         samples.append({"prompt": tokenizer.decode(opening[1:]), "text": tokenizer.decode(continuation)})

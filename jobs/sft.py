@@ -44,11 +44,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = Tokenizer.load(run / "tokenizer")
     source = ChatRows(tokenizer, base_plan.model.sequence_len)
     mixture = mixture_of(args.sft, args.tasks, args.seed)
-    with tempfile.TemporaryDirectory() as scratch:  # nothing in the run changes before the plan stands
-        rows = count_rows(source, write_mixture(mixture, Folder.at(scratch)).train)
-    plan = sft_plan(
-        base_plan, int(args.epochs * rows), batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed
-    )
+    untouched = args.plan_only or args.fresh  # what the run holds stays as it is until everything is checked
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Folder.at(scratch) if untouched else stage / "data"
+        corpus = write_mixture(mixture, place, replace=untouched or not Checkpoints.of(stage).steps())
+        rows = int(args.epochs * count_rows(source, corpus.train))
+    plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
     print(table(plan))
     if args.plan_only:
         return {"plan": plan.to_dict()}
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         require_workers(cluster, workers)
         if args.fresh:
             stage.delete()
-        corpus = write_mixture(mixture, stage / "data", replace=not Checkpoints.of(stage).steps())
+            corpus = write_mixture(mixture, stage / "data")
         job = TrainingJob.from_flags(
             args,
             stage=stage,

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             stage_began = time.monotonic()
             try:
                 figures[stage] = _stage_job(stage, args)
-            except BaseException:
+            except KeyboardInterrupt:
                 _note_time(run, stage, time.monotonic() - stage_began, "interrupted")
                 raise
             status = "unchanged" if figures[stage].get("unchanged") else "done"
@@ -80,17 +80,18 @@ def _argv(stage: str, args: argparse.Namespace) -> list[str]:
 
 
 def _note_time(run: Folder, stage: str, seconds: float, status: str) -> None:
-    """Keep `report/stages.json` up to date: an interrupted stage adds up, one with nothing to do keeps what it took."""
+    """Keep `report/stages.json` up to date: sessions of an interrupted stage add up, and done is done."""
     report = run / "report"
     entries = {
         entry["stage"]: entry for entry in (report.read_json("stages.json") if report.exists("stages.json") else [])
     }
-    before = entries.get(stage, {"seconds": 0.0, "status": "done"})
-    if before["status"] == "interrupted":
+    before = entries.get(stage)
+    if before is not None and before["status"] == "done" and status != "done":
+        return
+    if before is not None and before["status"] == "interrupted":
         seconds += before["seconds"]
-    elif status == "unchanged" and stage in entries:
-        seconds = before["seconds"]
-    entries[stage] = {"stage": stage, "seconds": round(seconds, 1), "status": status.replace("unchanged", "done")}
+    status = "interrupted" if status == "interrupted" else "done"
+    entries[stage] = {"stage": stage, "seconds": round(seconds, 1), "status": status}
     report.write("stages.json", json.dumps([entries[name] for name in STAGES if name in entries], indent=2))
 
 

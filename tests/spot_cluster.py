@@ -3,6 +3,8 @@
     with spot_cluster(machines=2) as cluster:
         cluster.drain(cluster.machines[0], notice_s=8); cluster.kill(cluster.machines[1]); cluster.add()
 
+In a process of its own, because two clusters in one are trouble, and Ray adds nodes from a main thread only.
+
 The head has no CPU, as in cluster/aws-spot.yaml; a machine has two, so that one worker and the task that reads its data
 fit. `RAY_…` settings and a random token are in `cluster.environment`, for whoever joins.
 """
@@ -59,6 +61,14 @@ class SpotCluster:
         """Give a machine its notice; returns its deadline, seconds since the epoch. It does not go by itself."""
         return self.tell(do="drain", machine=machine, notice_s=notice_s)["deadline"]
 
+    def draining(self) -> dict[str, int]:
+        """Machines that had their notice, and their deadlines in ms."""
+        return self.tell(do="list")["draining"]
+
+    def occupy(self, machine: str) -> None:
+        """Keep a machine at work: an idle one that drains is gone at once."""
+        self.tell(do="occupy", machine=machine)
+
     def kill(self, machine: str) -> None:
         """All of the machine's processes at once, as when the cloud takes it."""
         self.machines.remove(machine)
@@ -85,11 +95,20 @@ def spot_cluster(machines: int) -> Iterator[SpotCluster]:
 
 
 def main() -> None:
+    import ray
+    from ray._private.state import state
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Busy:
+        def ready(self) -> None:
+            pass
 
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster, nodes = Cluster(initialize_head=True, head_node_args=head), {}
+    cluster, nodes, busy = Cluster(initialize_head=True, head_node_args=head), {}, []
+    cluster.connect()
     for line in sys.stdin:
         order = json.loads(line)
         answer: dict[str, Any] = {"address": cluster.address}
@@ -103,9 +122,16 @@ def main() -> None:
             client = GcsClient(address=cluster.address)
             accepted, why = client.drain_node(order["machine"], preemption, "test", round(answer["deadline"] * 1000))
             assert accepted, why
+        elif order["do"] == "occupy":
+            here = NodeAffinitySchedulingStrategy(order["machine"], soft=False)
+            busy.append(Busy.options(scheduling_strategy=here).remote())
+            ray.get(busy[-1].ready.remote())
+        elif order["do"] == "list":
+            answer["draining"] = state.get_draining_nodes()
         elif order["do"] == "kill":
             cluster.remove_node(nodes.pop(order["machine"]), allow_graceful=False)
         print(json.dumps(answer), flush=True)
+    ray.shutdown()
     cluster.shutdown()
 
 

@@ -2,17 +2,14 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +18,7 @@ from cluster import cloud_notices, notice_watcher
 from cluster.cloud_notices import Aws, Azure, Gcp, MetadataError, Notice
 from cluster.notice_watcher import WatcherError, watch
 from tests.metadata_servers import AwsService, AzureService, GcpService, serving
+from tests.spot_cluster import spot_cluster
 
 ROOT = Path(__file__).parents[1]
 POLL_S = 0.02
@@ -273,42 +271,30 @@ def test_after_the_deadline_it_gives_up_with_the_last_reason(aws, monkeypatch):
 
 @pytest.mark.ray
 def test_a_notice_drains_the_machines_own_ray_node_with_its_deadline(aws):
-    with tempfile.TemporaryDirectory(prefix="nw", dir="/tmp") as folder:  # short: it becomes part of socket names
-        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_TMPDIR": folder}
-        pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, **secret}}
-        nodes = subprocess.Popen([sys.executable, "-m", "tests.simulated_nodes"], stdin=subprocess.PIPE, **pipes)
+    with spot_cluster(machines=2) as nodes:
+        mine, _ = nodes.machines
+        for machine in nodes.machines:
+            nodes.occupy(machine)
+        pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": nodes.environment}
+        watcher = [sys.executable, "-m", "cluster.notice_watcher", "--cloud", "aws", "--endpoint", aws.url]
+        watcher += ["--address", nodes.address, "--poll", "0.1"]
+        lost = subprocess.run(watcher, stderr=subprocess.PIPE, timeout=60, **pipes)
+        assert lost.returncode == 1  # simulated machines share one address
+        assert "has 3 nodes at" in lost.stderr
+        assert mine in lost.stderr
+
+        process = subprocess.Popen([*watcher, "--node-id", mine], **pipes)
         try:
-            ready = json.loads(nodes.stdout.readline())
-
-            def draining() -> dict[str, int]:
-                nodes.stdin.write("?\n")
-                nodes.stdin.flush()
-                return json.loads(nodes.stdout.readline())
-
-            mine, other = ready["workers"]
-            watcher = [sys.executable, "-m", "cluster.notice_watcher", "--cloud", "aws", "--endpoint", aws.url]
-            watcher += ["--address", ready["address"], "--poll", "0.1"]
-            lost = subprocess.run(watcher, stderr=subprocess.PIPE, timeout=60, **pipes)
-            assert lost.returncode == 1  # simulated machines share one address
-            assert "has 3 nodes at" in lost.stderr
-            assert mine in lost.stderr
-
-            process = subprocess.Popen([*watcher, "--node-id", mine], **pipes)
             assert f"watching aws for Ray node {mine}" in process.stdout.readline()
-            assert draining() == {}
+            assert nodes.draining() == {}
             deadline = time.time() + 4
             action = {"action": "terminate", "time": datetime.fromtimestamp(deadline, UTC).isoformat()}
             aws.items["spot/instance-action"] = action
             assert "AWS will terminate this machine" in process.stdout.readline()
             assert "drained" in process.stdout.readline()
-            assert draining() == {mine: round(deadline * 1000)}
-            assert other not in draining()
+            assert nodes.draining() == {mine: round(deadline * 1000)}
             assert process.wait(timeout=30) == 0
             assert time.time() >= deadline
-            nodes.stdin.close()
-            assert nodes.wait(timeout=60) == 0
         finally:
-            if nodes.poll() is None:
-                for process in [*psutil.Process(nodes.pid).children(recursive=True), nodes]:
-                    process.kill()
-                nodes.wait()
+            process.kill()
+            process.wait()

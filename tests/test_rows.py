@@ -19,6 +19,7 @@ from nanochat_ray.stream.rows import (
     PretrainingRows,
     count_rows,
     micro_batches,
+    one_epoch,
     stream_hash,
     to_inputs_and_targets,
 )
@@ -74,6 +75,23 @@ def test_the_sequence_goes_on_from_any_micro_batch(rows_per_unit, micro_batch_ro
     start = before[-1].last_row.next() if before else RowId(0, 0, 0)
     resumed = micro_batches(NumberedRows(4), as_units(rows_per_unit), micro_batch_rows, start, seed)
     assert [b.digest() for b in islice(sequence, 5)] == [b.digest() for b in islice(resumed, 5)]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 3))
+def test_one_epoch_holds_each_row_once_and_ends_with_what_is_left(rows_per_unit, micro_batch_rows, seed):
+    source, units = NumberedRows(4), as_units(rows_per_unit)
+    if not sum(rows_per_unit):
+        with pytest.raises(UserError, match="fills not one row"):
+            list(one_epoch(source, units, micro_batch_rows, seed))
+        return
+    batches = list(one_epoch(source, units, micro_batch_rows, seed))
+    assert [len(batch.tokens_MT) for batch in batches[:-1]] == [micro_batch_rows] * (len(batches) - 1)
+    assert 1 <= len(batches[-1].tokens_MT) <= micro_batch_rows
+    ids = [tuple(row) for batch in batches for row in batch.row_ids_M3.tolist()]
+    assert len(ids) == len(set(ids)) == sum(rows_per_unit)
+    endless = micro_batches(source, units, micro_batch_rows, RowId(0, 0, 0), seed)
+    for batch, other in zip(batches[:-1], endless, strict=False):
+        assert batch.digest() == other.digest()
 
 
 def test_a_corpus_without_a_single_row_is_an_error_and_not_an_endless_search():

@@ -16,6 +16,7 @@ from nanochat_ray.storage import Folder
         ([(10, "interrupted"), (5, "interrupted"), (2, "done")], (17, "done")),
         ([(10, "interrupted"), (1, "unchanged")], (11, "done")),  # cut off between the stage and its note
         ([(10, "done"), (1, "unchanged")], (10, "done")),
+        ([(10, "done"), (1, "interrupted"), (1, "unchanged")], (10, "done")),
         ([(10, "done"), (3, "done")], (3, "done")),
     ],
 )

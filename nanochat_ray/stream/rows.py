@@ -7,7 +7,7 @@ complement `~id`, which is negative; so one array carries tokens and loss mask. 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -154,13 +154,41 @@ def micro_batches(
     Raises:
         UserError: a whole epoch holds not one row.
     """
-    pending: dict[str, np.ndarray] | None = None
+    return _cut(_endless_columns(source, units, start, seed), micro_batch_rows)
+
+
+def one_epoch(source: RowSource, units: Sequence[Unit], micro_batch_rows: int, seed: int) -> Iterator[MicroBatch]:
+    """Each row of the first epoch once, to look at held-out text; the last micro-batch may have fewer rows.
+
+    Raises:
+        UserError: the units hold not one row.
+    """
+    visits = takewhile(lambda visit: visit.epoch == 0, visits_from(len(units), RowId(0, 0, 0), seed))
+    columns = (visit_rows(source, units[visit.unit], visit, seed) for visit in visits)
+    empty = True
+    for micro_batch in _cut(columns, micro_batch_rows):
+        empty = False
+        yield micro_batch
+    if empty:
+        raise UserError(f"{units[0].shard} is too small: its held-out text fills not one row; give it more documents")
+
+
+def _endless_columns(
+    source: RowSource, units: Sequence[Unit], start: RowId, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
     visits_without_rows = 0
     for visit in visits_from(len(units), start, seed):
         columns = visit_rows(source, units[visit.unit], visit, seed)
         visits_without_rows = 0 if len(columns["tokens"]) else visits_without_rows + 1
         if visits_without_rows > 2 * len(units):  # two epochs' orders may put all the empty units side by side
             raise UserError(NO_ROWS)
+        yield columns
+
+
+def _cut(visited: Iterable[dict[str, np.ndarray]], micro_batch_rows: int) -> Iterator[MicroBatch]:
+    """The rows of visits in groups of `micro_batch_rows`, and last what is left."""
+    pending: dict[str, np.ndarray] | None = None
+    for columns in visited:
         if pending is not None:
             columns = {name: np.concatenate([pending[name], columns[name]]) for name in columns}
         whole = len(columns["tokens"]) // micro_batch_rows * micro_batch_rows
@@ -168,22 +196,14 @@ def micro_batches(
             rows = slice(begin, begin + micro_batch_rows)
             yield MicroBatch(columns["row_id"][rows], columns["tokens"][rows], columns["cropped"][rows])
         pending = {name: column[whole:] for name, column in columns.items()}
+    if pending is not None and len(pending["tokens"]):
+        yield MicroBatch(pending["row_id"], pending["tokens"], pending["cropped"])
 
 
 def count_rows(source: RowSource, units: Sequence[Unit]) -> int:
     """Rows of one epoch: exact for few units, from an even sample of them for many."""
     sampled = units[:: -(-len(units) // MAX_COUNTED_UNITS)]
     return sum(len(source.rows(unit)[0]) for unit in sampled) * len(units) // len(sampled)
-
-
-def rows_up_to(source: RowSource, units: Sequence[Unit], most: int) -> int:
-    """Rows of one epoch; counting ends with the unit that reaches `most`."""
-    rows = 0
-    for unit in units:
-        rows += len(source.rows(unit)[0])
-        if rows >= most:
-            break
-    return rows
 
 
 def step_rows(

@@ -11,7 +11,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.plan import Plan, differences
 from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import StreamIdentity
-from nanochat_ray.stream.rows import RowSource, rows_up_to
+from nanochat_ray.stream.rows import RowSource
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Checkpoints, TrainState
 from nanochat_ray.train.events import read_events
@@ -90,20 +90,6 @@ class TrainingJob:
                 "Give the old values, use another --run, or start anew with --fresh"
             )
         return state
-
-    def require_validation_rows(self) -> None:
-        """Check that an evaluation has a micro-batch to look at.
-
-        Raises:
-            UserError: says how many rows there are and how many are needed.
-        """
-        wanted = self.plan.micro_batch_rows
-        rows = rows_up_to(self.source, self.validation_units, wanted)
-        if rows < wanted:
-            raise UserError(
-                f"the validation text fills {rows} rows of {self.plan.model.sequence_len} tokens, a micro-batch has "
-                f"{wanted}: give a larger validation shard ({self.validation_units[0].shard}), or --micro-batch-rows"
-            )
 
 
 def training_figures(stage: Folder) -> dict[str, Any]:

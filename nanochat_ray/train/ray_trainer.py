@@ -18,7 +18,7 @@ from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_con
 from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, ElasticTrainer
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.progress import live_progress
-from nanochat_ray.train.worker import FAILURE, LAST_ERROR, reported_failure, train_on_worker
+from nanochat_ray.train.worker import FAILURE, LAST_ERROR, report_failure, reported_failure, train_on_worker
 
 
 def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], fresh: bool = False) -> bool:
@@ -36,7 +36,6 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
         print(f"{job.stage} is trained: {job.plan.steps} steps are done (--fresh starts anew)")
         return False
     resources = require_workers(cluster, workers)
-    job.require_validation_rows()
     if fresh:
         job.stage.delete()
     job.stage.write_json("plan.json", job.plan.to_dict())
@@ -84,7 +83,11 @@ def require_workers(cluster: Cluster, workers: tuple[int, int]) -> dict[str, flo
 
 
 def _dataset_from_checkpoint(job: TrainingJob) -> ray.data.Dataset:
-    state = job.saved_state()
+    try:
+        state = job.saved_state()
+    except UserError as error:  # Ray would start the group again for ever; so it does start, and ends at once
+        report_failure(job, str(error))
+        state = None
     start, done = (state.cursor.next_row, state.cursor.step) if state else (RowId(0, 0, 0), 0)
     plan = job.plan
     remaining = (plan.steps - done) * plan.batch_tokens

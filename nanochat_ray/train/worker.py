@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import astuple
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 import ray.train
@@ -21,9 +21,9 @@ from nanochat_ray.eval.bpb import evaluate_bpb
 from nanochat_ray.model.compilation import compile_for_training
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import lr_multiplier
-from nanochat_ray.stream.cursor import Cursor, RowId
+from nanochat_ray.stream.cursor import Cursor
 from nanochat_ray.stream.ray_stream import read_micro_batches
-from nanochat_ray.stream.rows import MicroBatch, micro_batches
+from nanochat_ray.stream.rows import MicroBatch, one_epoch
 from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model
 from nanochat_ray.train.elastic import WATCH_EVERY_S, LeaveGroup, Watch, is_lost_peer, machines_of_group
 from nanochat_ray.train.events import EventLog, read_events
@@ -48,12 +48,12 @@ def train_on_worker(config: dict[str, Any]) -> None:
         raise  # Ray Train starts the next group; not an error of ours
     except UserError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a data task raised, with its remote traceback
-        job.stage.write_json(FAILURE, {"attempt": job.attempt, "message": str(cause)})
+        report_failure(job, str(cause))
         if dist.is_initialized():
             dist.destroy_process_group()  # so that workers waiting in a collective stop waiting
     except Exception as error:
         if not is_lost_peer(error):
-            job.stage.write_json(LAST_ERROR, {"message": f"{type(error).__name__}: {error}"})
+            _report(job, LAST_ERROR, f"{type(error).__name__}: {error}")
         raise
 
 
@@ -115,14 +115,14 @@ class _Worker:
 
     def _require_progress(self) -> None:
         """Machines may be lost for ever without an end to the run; a mistake that repeats itself ends it."""
-        if not self.job.stage.exists(LAST_ERROR):
+        error = _reported(self.job, LAST_ERROR)
+        if error is None:
             return
         starts = [event for event in read_events(self.job.stage) if event.get("attempt") == self.job.attempt]
         in_vain = [event for event in starts if event["step"] == self.state.cursor.step]
         if len(in_vain) > RESTARTS_WITHOUT_PROGRESS:
-            last = self.job.stage.read_json(LAST_ERROR)["message"]
             raise UserError(
-                f"the workers failed {len(in_vain)} times at step {self.state.cursor.step}; the last error: {last}"
+                f"the workers failed {len(in_vain)} times at step {self.state.cursor.step}; the last error: {error}"
             )
 
     def _load(self) -> None:
@@ -146,8 +146,7 @@ class _Worker:
         job, world = self.job, self.world
         if self.validation is None:
             plan = job.plan
-            every = micro_batches(job.source, job.validation_units, plan.micro_batch_rows, RowId(0, 0, 0), plan.seed)
-            once = takewhile(lambda micro_batch: micro_batch.last_row.epoch == 0, every)
+            once = one_epoch(job.source, job.validation_units, plan.micro_batch_rows, plan.seed)
             self.validation = list(islice(once, world.rank, job.eval_micro_batches, world.size))
         self.model.eval()
         bpb = evaluate_bpb(self._token_losses, self.validation, job.tokenizer.token_bytes(), world.device, world.sum)
@@ -218,8 +217,23 @@ def _endless(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     raise RuntimeError("the planned unit visits are used up; the worker group restarts and plans the next ones")
 
 
+def report_failure(job: TrainingJob, message: str) -> None:
+    """Leave word that restarting this attempt cannot help, and why."""
+    _report(job, FAILURE, message)
+
+
 def reported_failure(job: TrainingJob) -> str | None:
-    if not job.stage.exists(FAILURE):
+    """Why this attempt must not be restarted; None while it may."""
+    return _reported(job, FAILURE)
+
+
+def _report(job: TrainingJob, name: str, message: str) -> None:
+    job.stage.write_json(name, {"attempt": job.attempt, "message": message})
+
+
+def _reported(job: TrainingJob, name: str) -> str | None:
+    """What this attempt left in a file; an earlier one that was killed may have left it there, too."""
+    if not job.stage.exists(name):
         return None
-    failure = job.stage.read_json(FAILURE)
-    return failure["message"] if failure["attempt"] == job.attempt else None
+    report = job.stage.read_json(name)
+    return report["message"] if report["attempt"] == job.attempt else None
