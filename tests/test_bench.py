@@ -5,8 +5,6 @@ import os
 import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +14,8 @@ from nanochat_ray import cli
 from nanochat_ray.bench.measurement import SAMPLE_EVERY_S, Line, Watch, in_fresh_process, print_table
 from nanochat_ray.bench.packing_bench import BUFFER_DOCUMENTS, measure_packing, scan_pack
 from nanochat_ray.stream.packing import pack
+from tests.small_corpus import write_corpus
 
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while under an old oak tree".split()
 SIZES = ["--vocab-size", "300", "--sequence-len", "32", "--micro-batch-rows", "2", "--steps", "4"]
 
 
@@ -76,11 +74,7 @@ def test_a_table_says_how_busy_the_machine_was(capsys):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "corpus"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for shard in range(2):
-        texts = [" ".join(random.choice(WORDS, size=int(random.integers(5, 200)))) for _ in range(120)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{shard}.parquet", row_group_size=30)
+    write_corpus(folder, documents=120)
     return folder
 
 

@@ -77,7 +77,7 @@ def test_a_body_without_length_that_grows_too_large_is_named_even_if_the_app_cal
         try:
             while (await receive()).get("more_body"):
                 pass
-        except Exception:
+        except Exception:  # as FastAPI does
             await send({"type": "http.response.start", "status": 400, "headers": []})
             await send({"type": "http.response.body", "body": b"malformed"})
 

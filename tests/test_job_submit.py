@@ -15,13 +15,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanochat_ray.storage import run_folder
 from nanochat_ray.train.checkpoint import Checkpoints
 from nanochat_ray.train.events import read_events
+from tests.small_corpus import words, write_corpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,11 +28,6 @@ ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 STEPS = 80
 TINY = f"--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 2048 --steps {STEPS} --compile off".split()
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while under an old oak tree".split()
-
-
-def words(seed: int, count: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, size=count))
 
 
 @dataclass(frozen=True)
@@ -102,13 +96,11 @@ def local_cluster(folder: Path) -> Iterator[Cluster]:
 def cluster():
     with tempfile.TemporaryDirectory(prefix="nj", dir="/tmp") as name:  # short: it becomes part of socket names
         folder = Path(name)
-        (folder / "corpus").mkdir()
-        for shard in range(3):
-            texts = [words(100 * shard + number, 5 + 2 * number) for number in range(90)]
-            pq.write_table(pa.table({"text": texts}), folder / "corpus" / f"shard_{shard}.parquet", row_group_size=30)
+        write_corpus(folder / "corpus")
+        random = np.random.default_rng(0)
         with (folder / "chats.jsonl").open("w") as file:
-            for number in range(60):
-                turns = [{"role": "user", "content": words(number, 8)}, {"role": "assistant", "content": "the fox"}]
+            for _ in range(60):
+                turns = [{"role": "user", "content": words(random, 8)}, {"role": "assistant", "content": "the fox"}]
                 file.write(json.dumps({"messages": turns}) + "\n")
         with local_cluster(folder) as cluster:
             yield cluster

@@ -25,14 +25,13 @@ from nanochat_ray.stream.rows import (
 )
 from nanochat_ray.tasks.mixture import Source, build_mixture, write_mixture
 from nanochat_ray.tokenizer import train_tokenizer
+from tests.small_corpus import words
 from tests.stream_fakes import NumberedRows
-
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while under an old oak tree".split()
 
 
 def documents(count, seed=0):
     random = np.random.default_rng(seed)
-    return [" ".join(random.choice(WORDS, size=int(random.integers(3, 60)))) for _ in range(count)]
+    return [words(random, int(random.integers(3, 60))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs import tokenizer
@@ -17,6 +14,7 @@ from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.rows import PretrainingRows, micro_batches, stream_hash
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.events import read_events
+from tests.small_corpus import write_corpus
 from tests.spot_cluster import ROOT, SpotCluster, spot_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,17 +22,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 2000  # more than any test waits for
 SHAPE = f"--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 3072 --steps {STEPS}".split()
 ROWS, MICRO_BATCHES, SEED = 4, 6, 42
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while under an old oak tree".split()
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     root = tmp_path_factory.mktemp("spot")
-    (root / "corpus").mkdir()
-    for shard in range(3):
-        random = np.random.default_rng(shard)
-        texts = [" ".join(random.choice(WORDS, size=int(random.integers(50, 2000)))) for _ in range(600)]
-        pq.write_table(pa.table({"text": texts}), root / "corpus" / f"shard_{shard}.parquet", row_group_size=100)
+    write_corpus(root / "corpus", documents=600, lengths=(50, 2000), per_unit=100)
     flags = ["--storage", str(root), "--run", "spot", "--corpus", str(root / "corpus"), "--vocab-size", "300"]
     assert cli.run(tokenizer.main, tokenizer.build_parser(), flags) == 0
     return root

@@ -21,6 +21,7 @@ from nanochat_ray.stream.rows import PretrainingRows, micro_batches, stream_hash
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Checkpoints
 from nanochat_ray.train.events import read_events
+from tests.small_corpus import write_corpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,15 +40,6 @@ SHAPE = [
     str(STEPS),
 ]
 FP32 = ["--dtype", "fp32", "--compile", "off"]
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while under an old oak tree".split()
-
-
-def write_corpus(folder: Path) -> None:
-    folder.mkdir()
-    for shard in range(3):
-        random = np.random.default_rng(shard)
-        texts = [" ".join(random.choice(WORDS, size=int(random.integers(5, 200)))) for _ in range(90)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{shard}.parquet", row_group_size=30)
 
 
 @pytest.fixture(scope="module")
