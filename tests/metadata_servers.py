@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 
-class Service:
+class Service(ABC):
     """What the next questions are answered with; `asked` lists the questions."""
 
     def __init__(self) -> None:
@@ -19,8 +20,9 @@ class Service:
         self.silent_s = 0.0  # wait before any answer
         self.url = ""
 
+    @abstractmethod
     def answer(self, method: str, path: str, query: dict[str, str], headers: Any) -> tuple[int, dict[str, str], str]:
-        raise NotImplementedError
+        """Status, headers and body."""
 
 
 class AwsService(Service):
