@@ -8,6 +8,10 @@ SERVE  ?= 1
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 
+# Ray starts dozens of processes; without bytecode each compiles torch and Ray anew, which takes 9 seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
+WARM   := $(BIN)/python -c "import ray.train.torch, ray.data, ray.serve, torch, fastapi, matplotlib.figure, pandas"
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint clean
 
@@ -21,11 +25,13 @@ $(BIN)/python:
 .venv/installed: pyproject.toml | $(BIN)/python
 	@echo "installing nanochat_ray and its dependencies into .venv (a few minutes the first time)"
 	$(PIP) --editable .
+	@$(WARM)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing nanochat_ray, its dependencies and the tools of development into .venv"
 	$(PIP) --editable '.[dev]'
+	@$(WARM)
 	@touch .venv/installed $@
 
 install: .venv/installed-dev
