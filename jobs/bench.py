@@ -1,4 +1,4 @@
-"""Measure data loading, training or decoding on this machine, each figure beside its limit or its peer.
+"""Measure data loading, training, decoding or recovery on this machine, each figure beside its limit or its peer.
 
 python -m jobs.bench train --corpus fineweb-edu --json
 """
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 FULL = {"depth": 6, "sequence_len": 512, "vocab_size": 32768, "micro_batch_rows": 4, "steps": 9, "megabytes": 60}
 QUICK = {"depth": 2, "sequence_len": 128, "vocab_size": 1024, "micro_batch_rows": 4, "steps": 5, "megabytes": 2}
 MICRO_BATCHES = 4  # per step; a real plan has more of them for each update
-DECODE_REPEATS = {True: 2, False: 5}
+DECODE_REPEATS = {True: 2, False: 5}  # by --quick
+RECOVERY_REPEATS = {True: 1, False: 10}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.build_parser("jobs.bench", __doc__, ["corpus", "shards", "storage", "dtype", "compile", "depth"])
-    parser.add_argument("what", choices=["data", "train", "decode"], help="what to measure")
+    parser.add_argument("what", choices=["data", "train", "decode", "recovery"], help="what to measure")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, its figures say little")
     parser.add_argument(
         "--sequence-len", type=int, default=None, help=f"tokens of a row (default: {FULL['sequence_len']})"
@@ -38,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    if args.what == "recovery":
+        return {"benchmark": args.what, "quick": args.quick, **_recovery(args), "artifacts": {}}
     sizes = {name: getattr(args, name) or value for name, value in (QUICK if args.quick else FULL).items()}
     if args.what == "decode":
         sizes["sequence_len"] *= 2  # room for a prompt of the given length and a reply
@@ -106,6 +109,15 @@ def _decode(args: argparse.Namespace, plan: Plan, corpus: "Corpus", tokenizer: "
     settings = DecodeSettings(prompt, new_tokens=prompt // 8, repeats=DECODE_REPEATS[args.quick])
     figures = measure_decoding(plan, tokenizer, args.dtype, settings)
     print_table(f"decode: {_model(plan)}", decode_lines(figures), figures["machine"])
+    return figures
+
+
+def _recovery(args: argparse.Namespace) -> dict[str, Any]:
+    from nanochat_ray.bench.measurement import print_table
+    from nanochat_ray.bench.recovery_bench import measure_recovery, recovery_lines
+
+    figures = measure_recovery(args.corpus, RECOVERY_REPEATS[args.quick])
+    print_table("recovery: a tiny model on two simulated machines", recovery_lines(figures), figures["machine"])
     return figures
 
 

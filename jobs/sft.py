@@ -5,6 +5,7 @@ python -m jobs.sft --run d20 --sft hub --workers 2:16
 
 import argparse
 import tempfile
+from contextlib import nullcontext
 from typing import Any
 
 from nanochat_ray import cli
@@ -26,6 +27,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.tasks.recipes import mixture_of
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import Checkpoints
+    from nanochat_ray.train.lease import Lease, clear_stage
 
     workers = cli.parse_workers(args.workers)
     if args.epochs <= 0:
@@ -41,43 +43,45 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             f"{base} stands at step {base_step} of {base_plan.steps}: finish `python -m jobs.pretrain` first"
         )
 
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    source = ChatRows(tokenizer, base_plan.model.sequence_len)
-    mixture = mixture_of(args.sft, args.tasks, args.seed)
-    untouched = args.plan_only or args.fresh  # what the run holds stays as it is until everything is checked
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Folder.at(scratch) if untouched else stage / "data"
-        corpus = write_mixture(mixture, place, replace=untouched or not Checkpoints.of(stage).steps())
-        rows = int(args.epochs * count_rows(source, corpus.train))
-    plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
-    print(table(plan))
-    if args.plan_only:
-        return {"plan": plan.to_dict()}
+    with nullcontext() if args.plan_only else Lease.acquire(stage) as lease:  # before the mixture is written
+        tokenizer = Tokenizer.load(run / "tokenizer")
+        source = ChatRows(tokenizer, base_plan.model.sequence_len)
+        mixture = mixture_of(args.sft, args.tasks, args.seed)
+        untouched = args.plan_only or args.fresh  # what the run holds stays as it is until everything is checked
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Folder.at(scratch) if untouched else stage / "data"
+            corpus = write_mixture(mixture, place, replace=untouched or not Checkpoints.of(stage).steps())
+            rows = int(args.epochs * count_rows(source, corpus.train))
+        plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
+        print(table(plan))
+        if lease is None:
+            return {"plan": plan.to_dict()}
 
-    from nanochat_ray.cluster import connect
-    from nanochat_ray.train.job import TrainingJob, training_figures
-    from nanochat_ray.train.ray_trainer import require_workers, run_training
+        from nanochat_ray.cluster import connect
+        from nanochat_ray.train.job import TrainingJob, training_figures
+        from nanochat_ray.train.ray_trainer import require_workers, run_training
 
-    with connect(args.address, workers[1]) as cluster:
-        require_workers(cluster, workers)
-        if args.fresh:
-            stage.delete()
-            corpus = write_mixture(mixture, stage / "data")
-        job = TrainingJob.from_flags(
-            args,
-            stage=stage,
-            plan=plan,
-            tokenizer=tokenizer,
-            source=source,
-            train_units=corpus.train,
-            validation_units=corpus.validation,
-            corpus_fingerprint=corpus.fingerprint,
-            initial_model=base,
-            initial_digest=Checkpoints.of(base).digest(base_step),
-        )
-        for name, count in mixture.counts.items():
-            print(f"  {name:<16} {count['train']:>9,} conversations, {count['test']:,} held out")
-        unchanged = not run_training(job, cluster, workers)
+        with connect(args.address, workers[1]) as cluster:
+            require_workers(cluster, workers)
+            if args.fresh:
+                clear_stage(stage)
+                corpus = write_mixture(mixture, stage / "data")
+            job = TrainingJob.from_flags(
+                args,
+                stage=stage,
+                plan=plan,
+                tokenizer=tokenizer,
+                source=source,
+                train_units=corpus.train,
+                validation_units=corpus.validation,
+                corpus_fingerprint=corpus.fingerprint,
+                initial_model=base,
+                initial_digest=Checkpoints.of(base).digest(base_step),
+                fence=lease.fence,
+            )
+            for name, count in mixture.counts.items():
+                print(f"  {name:<16} {count['train']:>9,} conversations, {count['test']:,} held out")
+            unchanged = not run_training(job, cluster, workers)
     return {**training_figures(stage), "unchanged": unchanged, "artifacts": {"sft": str(stage)}}
 
 

@@ -19,6 +19,7 @@ STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_e
 
 def build_parser() -> argparse.ArgumentParser:
     shared = [*cli.TRAINING_FLAGS, "corpus", "shards", "depth", "preset", "sft", "tasks", "port"]
+    shared += ["spot-price", "on-demand-price"]
     parser = cli.build_parser("jobs.speedrun", __doc__, shared)
     parser.add_argument("--serve", action="store_true", help="end with the chat page, until Ctrl-C")
     return parser

@@ -40,6 +40,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _price(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} must be more than 0 dollars")
+    return value
+
+
 def _seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**31:  # it is mixed with epoch and unit numbers into one 64-bit seed
@@ -72,8 +79,14 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     ),
     "eval-every": dict(type=_at_least(1), default=None, help="steps between evaluations (default: four per run)"),
     "eval-tokens": dict(type=_at_least(1), default=None, help="tokens of one evaluation (default: 2 %% of training)"),
-    "checkpoint-every": dict(type=_seconds, default=60.0, help="seconds between checkpoints"),
-    "keep-checkpoints": dict(type=_at_least(1), default=2, help="newest checkpoints to keep"),
+    "checkpoint-every": dict(
+        type=_seconds,
+        default=None,
+        help="seconds between checkpoints, 0 for one at every step (default: from their cost and the failures seen)",
+    ),
+    "keep-checkpoints": dict(type=_at_least(1), default=2, help="newest checkpoints to keep, besides the best one"),
+    "spot-price": dict(type=_price, default=None, help="dollars per worker and hour on spot machines"),
+    "on-demand-price": dict(type=_price, default=None, help="dollars per worker and hour on machines that stay"),
     "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
 }
 

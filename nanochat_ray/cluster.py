@@ -22,12 +22,18 @@ _WORKER_ENVIRONMENT = {
     # both: the trim threshold alone freezes the mmap threshold at 128 KiB, which made training 1.7 times slower.
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    # Ray Train gives process groups so many seconds to end properly; the lost machine that ends one never answers.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that Ctrl-C left behind must not start a cluster of its own
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often the controller asks its workers how they are
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # then it counts the machines again
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # train/elastic.py watches, and would only be cut short by it
 }
 # What Ray itself reads when a local cluster starts.
 _LOCAL_RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves trainers beside any other process
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_prestart_worker_first_driver": "0",  # idle processes that none of our actors' environments would match
     "RAY_enable_metrics_collection": "0",  # nobody reads them here, and two cores feel it
     "RAY_task_events_report_interval_ms": "0",
 }

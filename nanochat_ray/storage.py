@@ -7,13 +7,15 @@ Files appear whole or not at all. Local files are written beside their place and
 is atomic by itself.
 """
 
+import errno
 import json
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -21,7 +23,10 @@ from pyarrow import fs as pafs
 from nanochat_ray.errors import UsageError, UserError
 
 READ_BYTES = 2**24  # at once, where a file is read in pieces
+RETRY_FOR_S = 300.0  # storage that fails for a minute is common, one that fails for longer needs a person
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 Buffer: TypeAlias = bytes | memoryview
+Result = TypeVar("Result")
 STAGES = ("tokenizer", "base", "sft", "report")
 
 
@@ -158,6 +163,12 @@ class Folder:
         filesystem, path = (self / name if name else self).open()
         return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        filesystem, path = (self / name).open()
+        info = filesystem.get_file_info(path)
+        return info.size if info.type == pafs.FileType.File else None
+
     def list(self) -> list[str]:
         """Names of the files and folders in this folder, sorted; empty when it does not exist."""
         filesystem, path = self.open()
@@ -172,6 +183,60 @@ class Folder:
             filesystem.delete_dir(path)
         elif kind == pafs.FileType.File:
             filesystem.delete_file(path)
+
+
+def retrying(
+    act: Callable[[], Result],
+    place: Folder,
+    warn: Callable[[str], None],
+    retry_for_s: float = RETRY_FOR_S,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Result:
+    """What `act()` returns, done again after a storage error, with pauses that double; the first error is a warning.
+
+    A file that is not there is an answer and no storage error.
+
+    Args:
+        place: what `act` reads or writes; for messages.
+
+    Raises:
+        UserError: it has failed for `retry_for_s` seconds, or failed for another reason than the storage.
+        FileNotFoundError: as `act` raised it.
+    """
+    began, pause_s, warned = clock(), FIRST_PAUSE_S, False
+    while True:
+        try:
+            return act()
+        except (OSError, UserError) as error:
+            cause = error.__cause__ if isinstance(error, UserError) else error  # `open` wraps what the store said
+            if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError):
+                raise
+            if clock() - began >= retry_for_s:
+                raise storage_failed(place, cause, retry_for_s) from error
+            if not warned:
+                warn(f"storage {place} fails ({cause}); trying again for {retry_for_s:g} s")
+                warned = True
+        sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed because no room is left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_failed(place: Folder, error: OSError, tried_for_s: float = 0.0) -> UserError:
+    """The storage error, as a person should read it."""
+    if is_full(error):
+        return UserError(
+            f"no room is left on the disk of {place}: free some (older runs, a lower --keep-checkpoints), "
+            "then run the same command again to continue"
+        )
+    tried = f" for {tried_for_s:g} s" if tried_for_s else ""
+    return UserError(
+        f"storage {place} failed{tried} ({error}); when it works again, run the same command again to continue"
+    )
 
 
 def run_folder(storage: str, run: str) -> Folder:

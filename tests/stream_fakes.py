@@ -1,10 +1,13 @@
 """Row sources without text, for tests of the stream; importable on Ray's workers."""
 
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from nanochat_ray.data.corpus import Unit
+from nanochat_ray.stream.rows import RowSource
 
 
 @dataclass(frozen=True)
@@ -18,3 +21,19 @@ class NumberedRows:
         random = np.random.default_rng(int(unit.shard))
         tokens = random.integers(0, self.vocab_size, (unit.row_group, self.sequence_len + 1), dtype=np.int32)
         return tokens, np.zeros(unit.row_group, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class HangingRows:
+    """The rows of another source, but who is the first to ask for one of the units waits for ever."""
+
+    source: RowSource
+    unit: Unit
+    asked: Path  # appears when somebody has
+
+    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        if unit == self.unit and not self.asked.exists():
+            self.asked.touch()
+            while True:
+                time.sleep(0.1)
+        return self.source.rows(unit)

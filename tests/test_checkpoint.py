@@ -4,19 +4,29 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load as load_with_the_library
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.plan import make_plan
 from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
-from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model, load_model
+from nanochat_ray.train.checkpoint import (
+    Checkpoints,
+    TrainState,
+    _from_safetensors,
+    _in_safetensors,
+    build_model,
+    load_model,
+)
 
 PLAN = make_plan(depth=2, vocab_size=300, head_size=64, sequence_len=64, batch_tokens=1024, micro_batch_rows=4, steps=9)
 IDENTITY = StreamIdentity("c", "t", 64, 4, 4, 42)
 
 
-def state_at(step):
-    return TrainState(PLAN, Cursor(IDENTITY, step, step * 1024, RowId(0, step, 3)), best_val_bpb=1.5)
+def state_at(step, **more):
+    return TrainState(PLAN, Cursor(IDENTITY, step, step * 1024, RowId(0, step, 3)), best_val_bpb=1.5, **more)
 
 
 def some_tensors(value):
@@ -162,3 +172,86 @@ def test_another_schema_is_refused(stage):
     with pytest.raises(UserError, match="schema 99"):
         TrainState.from_dict(value)
     assert dataclasses.is_dataclass(TrainState.from_dict(state_at(1).to_dict()))
+
+
+def test_the_best_stays_however_old_it_is(stage):
+    checkpoints = Checkpoints.of(stage)
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+        checkpoints.prune(keep=2, best=2)
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.newest_valid(pytest.fail) == 5
+    checkpoints.prune(keep=1, best=5)
+    assert checkpoints.steps() == [5]
+
+
+def test_a_checkpoint_is_loaded_and_verified_by_one_read_of_each_file(stage, monkeypatch):
+    checkpoints, reads = Checkpoints.of(stage), []
+    checkpoints.save(state_at(3, best_step=2), some_tensors(1), some_tensors(2))
+    read_pieces = Folder.read_pieces
+    monkeypatch.setattr(Folder, "read_pieces", lambda self, name: reads.append(name) or read_pieces(self, name))
+    loaded = checkpoints.load(pytest.fail)
+    assert sorted(reads) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert loaded.state == state_at(3, best_step=2)
+    assert torch.equal(loaded.model["a"], some_tensors(1)["a"])
+    assert torch.equal(loaded.optimizer["b.exp_avg"], some_tensors(2)["b.exp_avg"])
+    reads.clear()
+    assert checkpoints.newest_whole(pytest.fail) == 3
+    assert sorted(reads) == ["manifest.json", "state.json"]
+
+
+def test_before_the_first_checkpoint_nothing_is_loaded(stage):
+    assert Checkpoints.of(stage).load(pytest.fail) is None
+    assert Checkpoints.of(stage).newest_whole(pytest.fail) is None
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_loading_falls_back_as_verifying_does_and_sizes_alone_find_what_is_cut_short(stage, file):
+    checkpoints = Checkpoints.of(stage)
+    for step in (3, 6):
+        checkpoints.save(state_at(step), some_tensors(step), some_tensors(step))
+    place, warnings = stage / "checkpoints" / "step_000006", []
+    place.write(file, place.read(file)[:-9])
+    assert checkpoints.newest_whole(warnings.append) == 3
+    loaded = checkpoints.load(warnings.append)
+    assert loaded.state == state_at(3)
+    assert torch.equal(loaded.model["a"], some_tensors(3)["a"])
+    assert len(warnings) == 2
+    assert "step_000006" in warnings[1]
+    (stage / "checkpoints").delete("step_000003")
+    with pytest.raises(UserError, match="step_000006 is damaged .*--fresh"):
+        checkpoints.load(pytest.fail)
+
+
+def test_storage_that_fails_is_not_taken_for_damage(stage, monkeypatch):
+    checkpoints = Checkpoints.of(stage)
+    checkpoints.save(state_at(3), some_tensors(3), some_tensors(3))
+
+    def fail(self, name):
+        raise OSError("unplugged")
+
+    monkeypatch.setattr(Folder, "read_pieces", fail)
+    for look in (checkpoints.newest_valid, checkpoints.newest_whole, checkpoints.load):
+        with pytest.raises(OSError, match="unplugged"):
+            look(pytest.fail)
+
+
+def test_a_state_from_before_the_best_step_was_recorded_is_read(stage):
+    value = state_at(3).to_dict()
+    del value["best_step"]
+    assert TrainState.from_dict(value) == state_at(3)
+
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64])
+
+
+@given(st.lists(st.tuples(dtypes, st.lists(st.integers(0, 5), max_size=3)), max_size=6))
+def test_our_reader_and_writer_agree_with_the_library_whatever_the_order_of_the_types(entries):
+    tensors = {f"t{n}": torch.randn(shape).mul(9).to(dtype) for n, (dtype, shape) in enumerate(entries)}
+    data = b"".join(bytes(piece) for piece in _in_safetensors(tensors))
+    theirs, ours = load_with_the_library(data), _from_safetensors(bytearray(data))
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        for read in (ours[name], theirs[name]):
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(read, tensor)

@@ -221,7 +221,7 @@ def unknown_keys(value: Any, schema: dict[str, Any], place: str = "") -> list[st
 
 
 @pytest.mark.slow  # KubeRay's schemas are megabytes of YAML
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_kuberay_accepts_the_manifests_and_knows_every_key(kind, shared_data):
     schema = json.loads((shared_data / "k8s" / f"{kind.lower()}s.v1.schema.json").read_text())
     schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
@@ -251,8 +251,18 @@ def test_there_is_one_job_per_stage_and_each_command_line_is_one_that_the_stage_
     assert modules == ["tokenizer", "pretrain", "base_eval", "sft", "chat_eval", "report"]  # in the order of the files
 
 
-def test_pods_have_time_to_drain_and_only_spot_groups_tolerate_spot():
-    spec = manifests()["RayCluster/nanochat-ray"]["spec"]
+def ray_clusters() -> dict[str, dict[str, Any]]:
+    """What describes the pods of each Ray cluster, by the name of its object."""
+    objects = manifests()
+    return {
+        "RayCluster": objects["RayCluster/nanochat-ray"]["spec"],
+        "RayService": objects["RayService/nanochat-ray-chat"]["spec"]["rayClusterConfig"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_pods_have_time_to_drain_and_only_spot_groups_tolerate_spot(kind):
+    spec = ray_clusters()[kind]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert "nodeSelector" not in spec["headGroupSpec"]["template"]["spec"]
     shapes = []
@@ -269,9 +279,9 @@ def test_pods_have_time_to_drain_and_only_spot_groups_tolerate_spot():
     assert [group["priority"] for group in spec["workerGroupSpecs"]] == [10, 0]
 
 
-def test_state_token_and_password_come_from_where_the_manifests_put_them():
-    objects = manifests()
-    spec = objects["RayCluster/nanochat-ray"]["spec"]
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_state_token_and_password_come_from_where_the_manifests_put_them(kind):
+    objects, spec = manifests(), ray_clusters()[kind]
     assert spec["authOptions"] == {"mode": "token"}
     storage = spec["gcsFaultToleranceOptions"]
     host, port = storage["redisAddress"].removeprefix("redis://").split(":")
@@ -280,9 +290,10 @@ def test_state_token_and_password_come_from_where_the_manifests_put_them():
     assert redis["env"][0]["valueFrom"] == storage["redisPassword"]["valueFrom"]
 
 
-def test_images_and_versions_are_the_projects():
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_images_and_versions_are_the_projects(kind):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    spec = manifests()["RayCluster/nanochat-ray"]["spec"]
+    spec = ray_clusters()[kind]
     assert spec["rayVersion"] == pins()["ray"]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     images = {each["image"] for group in groups for each in group["template"]["spec"]["containers"]}

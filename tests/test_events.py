@@ -1,11 +1,13 @@
 """Events: one object per step whatever happened, and a live line made from them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat_ray.storage import Folder
-from nanochat_ray.train.events import EventLog, read_events
+from nanochat_ray.train.events import EventLog, read_events, without_repeated
+from nanochat_ray.train.ledger import Ledger
 from nanochat_ray.train.progress import ProgressLine, live_progress
 
 
@@ -53,6 +55,45 @@ def test_steps_that_will_be_done_again_are_dropped_on_resume(stage):
     assert sum(event["kind"] == "start" for event in events) == 2
 
 
+def test_steps_that_will_be_done_again_leave_one_event_that_sums_them_up_in_each_group(stage):
+    write_steps(stage, 0, [0, 1, 2, 3, 4])
+    write_steps(stage, 3, [3, 4, 5])
+    (lost,) = [event for event in read_events(stage) if event["kind"] == "lost"]
+    assert (lost["step"], lost["steps"], lost["workers"]) == (3, 2, 2)
+    assert lost["worker_seconds"] == pytest.approx(2 * (lost["time"] - lost["began"]), abs=0.01)
+    write_steps(stage, 1, [1])  # the newer checkpoints were damaged
+    events = read_events(stage)
+    kinds = ["start", "step", "lost", "lost", "start", "lost", "start", "step", "eval"]
+    assert [event["kind"] for event in events] == kinds
+    assert [(event["step"], event["steps"]) for event in events if event["kind"] == "lost"] == [(1, 2), (3, 2), (3, 3)]
+
+
+def test_an_event_that_survives_among_lost_ones_stays():
+    """A checkpoint is written in the background: its event may come after later steps."""
+    steps = [{"kind": "step", "time": 10.0 + n, "seconds": 1.0, "step": n, "workers": 3} for n in range(4)]
+    events = [*steps[:3], {"kind": "checkpoint", "time": 12.5, "step": 2, "stall_s": 0.1}, steps[3]]
+    kept = without_repeated(events, resume_step=2)
+    assert [event["kind"] for event in kept] == ["step", "step", "checkpoint", "lost"]
+    times = {"time": 13.0, "began": 11.0, "worker_seconds": 6.0}
+    assert kept[-1] == {"kind": "lost", "step": 2, "steps": 2, "workers": 3, **times}
+
+
+def test_steps_carry_the_goodput_so_far_and_the_end_says_where_the_time_went(stage, monkeypatch):
+    clock = iter([100.0, 110.0, 112.0, 113.0])
+    monkeypatch.setattr("nanochat_ray.train.events.time", SimpleNamespace(time=lambda: next(clock)))
+    log = EventLog(stage, 0)
+    log.append("start", step=0, workers=2, attempt="a", attempt_began=98.0)
+    log.append("step", **step_event(0, seconds=2.0))
+    log.append("step", **step_event(1, seconds=2.0))
+    log.append("finish", step=2, tokens=200)
+    log.close()
+    _, first, second, finish = read_events(stage)
+    assert (first["goodput"], second["goodput"]) == (round(2 / 12, 4), round(4 / 14, 4))
+    spent = {label: seconds for label, seconds in finish["worker_seconds"].items() if seconds}
+    assert spent == {"useful": 8.0, "restart": 20.0, "checkpoint_stall": 2.0}
+    assert sum(Ledger(read_events(stage)).totals().values()) == 30.0
+
+
 def test_a_line_that_a_killed_writer_left_unfinished_is_no_event(stage):
     write_steps(stage, 0, [0, 1])
     stage.write("events.jsonl", stage.read("events.jsonl") + b'{"kind": "step", "st')
@@ -86,6 +127,9 @@ def test_the_line_says_where_the_run_stands(capsys):
     shown = capsys.readouterr().out
     assert "step  50/150 | loss 3.2500 | bpb 1.7500 | 5,123 tok/s | mfu 41% | workers 2" in shown
     assert "eta 2m30s" in shown  # 100 steps of 1.5 s
+    assert "goodput -" in shown
+    line.show({"kind": "step", **step_event(149, goodput=0.934)})
+    assert "goodput 93%" in capsys.readouterr().out
 
 
 def test_on_a_terminal_the_line_is_redrawn_in_place(capsys):

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from jobs import tokenizer
 from nanochat_ray.storage import run_folder
 from nanochat_ray.train.checkpoint import Checkpoints
 from nanochat_ray.train.events import read_events
@@ -142,6 +143,33 @@ def test_every_stage_runs_as_a_submitted_job_and_a_stopped_one_continues(cluster
     assert "asking" in cluster.run("chat_eval", "--run", "first", "--max-per-task", "2", "--max-tokens", "4")
     cluster.run("report", "--run", "first")
     assert (run / "report").exists("report.html")
+
+
+def test_a_cluster_that_dies_in_the_middle_is_followed_by_another_and_one_history():
+    """As when the head's machine is lost: nothing outlives it but the storage."""
+    with tempfile.TemporaryDirectory(prefix="nj", dir="/tmp") as name:
+        folder = Path(name)
+        write_corpus(folder / "corpus")
+        corpus = ("--run", "third", "--corpus", str(folder / "corpus"))
+        flags = [*corpus, "--storage", str(folder / "storage"), "--vocab-size", "300"]
+        tokenizer.main(tokenizer.build_parser().parse_args(flags))
+        stage = run_folder(str(folder / "storage"), "third") / "base"
+        pretrain = ("pretrain", *TINY, *corpus, "--checkpoint-every", "0.2", "--eval-every", str(STEPS))
+        with local_cluster(folder) as first:
+            first.submit(*pretrain, options=("--no-wait",))
+            wait_for(Checkpoints.of(stage).steps)
+            node = psutil.Process(int((folder / "node" / "pid").read_text()))
+            processes = [node, *node.children(recursive=True)]  # the driver of the job as well
+            for each in processes:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(processes, timeout=20)
+        saved = max(Checkpoints.of(stage).steps())
+        assert 0 < saved < STEPS
+        with local_cluster(folder) as second:
+            (went_on_at,) = re.findall(r"continuing at step (\d+)", second.run(*pretrain))
+        assert saved <= int(went_on_at) < STEPS
+        assert [event["step"] for event in read_events(stage) if event["kind"] == "step"] == [*range(STEPS)]
 
 
 def drivers_of(cluster: Cluster) -> list[int]:

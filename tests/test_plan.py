@@ -369,10 +369,14 @@ def test_finetuning_refuses_less_than_one_step_of_rows_and_uneven_batches():
         sft_plan(base, rows=1000, batch_tokens=5000)
 
 
-def test_the_plan_job_answers_quickly_without_torch_or_ray():
+def test_the_plan_job_answers_quickly_without_torch_or_ray(tmp_path):
+    trace = tmp_path / "trace.json"  # two weeks of a spot market
+    nodes = [(number // 13 * 7) % 17 for number in range(4032)]
+    trace.write_text(json.dumps({"metadata": {"gap_seconds": 300}, "data": nodes}))
+    flags = ["--depth", "26", "--hardware", "8xH100", "--workers", "2:16", "--trace", str(trace), "--json"]
     code = (
         "import sys; from jobs import plan; from nanochat_ray import cli; "
-        "code = cli.run(plan.main, plan.build_parser(), ['--depth', '26', '--hardware', '8xH100', '--json']); "
+        f"code = cli.run(plan.main, plan.build_parser(), {flags}); "
         "heavy = {'torch', 'ray', 'numpy', 'pyarrow'} & set(sys.modules); "
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
     )
@@ -380,7 +384,9 @@ def test_the_plan_job_answers_quickly_without_torch_or_ray():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["plan"]["depth"] == 26
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["plan"]["depth"] == 26
+    assert answer["plan"]["spot"]["wall_s"]["median"] > answer["plan"]["spot"]["wall_s"]["calm"]
     assert seconds < 2.0
 
 

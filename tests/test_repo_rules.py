@@ -31,6 +31,7 @@ LAYERS = [
     ("report",),
 ]
 RAY_SHELLS = {
+    "nanochat_ray/bench/spot_cluster.py",
     "nanochat_ray/cluster.py",
     "nanochat_ray/stream/ray_stream.py",
     "nanochat_ray/train/elastic.py",

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from jobs import report
+from nanochat_ray import cli
 from nanochat_ray.errors import UserError
 from nanochat_ray.plan import make_plan, sft_plan
 from nanochat_ray.report import build_card
 from nanochat_ray.report.document import Document, Sample, Samples, Section, Table, Text, printable
+from nanochat_ray.report.goodput import Prices
 from nanochat_ray.report.html import to_html
 from nanochat_ray.report.markdown import to_markdown
-from nanochat_ray.report.plots import MAX_POINTS, curve, moving_average, thin
+from nanochat_ray.report.plots import MAX_POINTS, curve, moving_average, thin, timeline
 from nanochat_ray.storage import Folder, run_folder
 
 HOSTILE = '<script>alert("x")</script> `code` | # *not* [markup](x)'
@@ -223,6 +226,74 @@ def test_events_without_optional_fields_are_enough(run):
     ]
     (run / "base").write("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     assert build_card(run)["loss"] == 3.0
+
+
+def interrupted_run(run: Folder) -> None:
+    """Pretraining of 100 steps: half of them on 4 workers, a kill that costs 10 steps, then the rest on 2."""
+    write_run(run, steps_done=1)
+    numbers = {"loss": 3.0, "tok_per_s": 5000.0, "stream_hash": "", "seconds": 9.0, "data_wait_s": 1.0}
+    began = 1.7e9
+    lines = [{"kind": "start", "time": began + 60, "step": 0, "workers": 4, "attempt": "a", "attempt_began": began}]
+    for step in range(50):
+        lines.append({"kind": "step", "time": began + 69 + 9 * step, "step": step, "tokens": step + 1, "workers": 4})
+    lines.append({"kind": "lost", "time": began + 600, "began": began + 510, "step": 50, "steps": 10, "workers": 4})
+    again = {"step": 50, "workers": 2, "attempt": "a", "waited_for_capacity_s": 100.0}
+    lines.append({"kind": "start", "time": began + 720, **again})
+    for step in range(50, 100):
+        time = began + 729 + 9 * (step - 50)
+        lines.append({"kind": "step", "time": time, "step": step, "tokens": step + 1, "workers": 2})
+    (run / "base").write("events.jsonl", "".join(json.dumps({**numbers, **line}) + "\n" for line in lines))
+
+
+def test_an_interrupted_run_shows_where_its_time_and_money_went(tmp_path):
+    run = run_folder(str(tmp_path), "spot")
+    interrupted_run(run)
+    figures = build_card(run, Prices(spot=1.0, on_demand=3.0))
+    page, text = read(run)
+    useful, everything = 4 * 50 * 8 + 2 * 50 * 8, 4 * 600 + 2 * 570
+    assert figures["goodput"] == pytest.approx(useful / everything)
+    assert "| useful | 40 min 00 s | 67.8% | $0.67 | $2.00 |" in text
+    assert "| waiting for capacity | 3 min 20 s | 5.6% | $0.06 | $0.17 |" in text
+    assert "| together | 59 min 00 s | 100.0% | $0.98 | $2.95 |" in text
+    assert "1: last step to next step 1 killed (median 2 min 09 s)" in text
+    assert "| steps lost and done again | 10 |" in text
+    calm = everything - (4 * 61 + 2 * 21) - 4 * 90 - 2 * 100  # without starts, repeated work and waiting
+    assert figures["money"]["spot"] == pytest.approx(everything / 3600)
+    assert figures["money"]["on_demand"] == pytest.approx(3 * calm / 3600)
+    assert "% saved" in Page(page).text
+    assert "Workers over time" in Page(page).text
+
+
+def test_without_prices_nothing_is_said_of_money(tmp_path):
+    run = run_folder(str(tmp_path), "spot")
+    interrupted_run(run)
+    assert "money" not in build_card(run)
+    assert "cost" not in read(run)[1].split("## Finetuning")[0]
+    assert "| useful | 40 min 00 s | 67.8% |" in read(run)[1]
+
+
+def test_the_job_prints_the_cost_by_label(tmp_path, capsys):
+    interrupted_run(run_folder(str(tmp_path), "spot"))
+    flags = ["--storage", str(tmp_path), "--run", "spot", "--spot-price", "1"]
+    assert cli.run(report.main, report.build_parser(), [*flags, "--on-demand-price", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"repeated work +\$0.10 +\$0.30", shown)
+    assert re.search(r"together +\$0.98 +\$2.95", shown)
+    assert "saved." in shown
+    assert cli.run(report.main, report.build_parser(), flags) == 0
+    assert re.search(r"together +\$0.98$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        report.build_parser().parse_args(["--spot-price", "0"])
+
+
+def test_a_timeline_is_valid_svg_of_bounded_size_and_keeps_every_worker_second():
+    stretches = [(0.5 + n % 3, n % 17, ("work", "wait")[n % 2]) for n in range(20_000)]
+    svg = timeline(stretches, {"work": "#2457a6", "unused": "#000000", "wait": "#c3cad3"})
+    assert ET.fromstring(svg).tag.endswith("svg")
+    assert len(svg) < 150_000
+    assert b"wait" in svg
+    assert b"unused" not in svg
+    assert ET.fromstring(timeline([(0.25, 2, "work")], {"work": "#2457a6"})).tag.endswith("svg")
 
 
 def test_a_damaged_artifact_is_named(run):

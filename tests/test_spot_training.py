@@ -15,7 +15,7 @@ from nanochat_ray.stream.rows import PretrainingRows, micro_batches, stream_hash
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.events import read_events
 from tests.small_corpus import write_corpus
-from tests.spot_cluster import ROOT, SpotCluster, spot_cluster
+from nanochat_ray.bench.spot_cluster import ROOT, SpotCluster, spot_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -9,6 +9,7 @@ import torch
 
 from nanochat_ray.model.gpt import GPT
 
+COMPILED = "compiled"
 LONG_RUN_FLOPS = 1e14  # a quarter of an hour of two cores
 
 
@@ -40,7 +41,7 @@ def compile_for_training(model: GPT, wanted: bool | None = None, flops: float = 
         rotary = model.rotary(inputs_BT.shape[1], inputs_BT.device, model.dtype)
         return model.loss(hidden(inputs_BT, rotary), targets_BT, reduction)
 
-    return losses, "compiled"
+    return losses, COMPILED
 
 
 def compile_obstacle(device: torch.device) -> str | None:

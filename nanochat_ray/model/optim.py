@@ -50,6 +50,12 @@ class MuonAdamW:
         for shard in self._shards:
             shard.finish()
 
+    def has_finite_gradients(self) -> bool:
+        """Whether this worker's own gradients are numbers: read once, in less than a hundredth of a step."""
+        parameters = [parameter for shard in self._shards for parameter in shard.parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients (or set them to zero)."""
         for shard in self._shards:

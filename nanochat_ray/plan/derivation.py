@@ -226,8 +226,7 @@ def _micro_batches(
 
 def _fits(shape: ModelShape, rows: int, hardware: Hardware) -> bool:
     """Whether a worker has room when it is the only one, since a run may shrink to one worker."""
-    need = 2 * shape.weight_bytes() + shape.optimizer_bytes() + shape.activation_bytes(rows)
-    return need <= hardware.memory_bytes - hardware.reserved_bytes
+    return shape.worker_bytes(rows) <= hardware.memory_bytes - hardware.reserved_bytes
 
 
 def _horizon(chosen: dict[str, Any], optimal: int, batch: int, flops_per_token: int, rules: dict[str, str]) -> int:

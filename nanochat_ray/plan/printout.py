@@ -16,13 +16,16 @@ def explain(plan: Plan, hardware: Hardware | None = None) -> list[Row]:
 
 def table(plan: Plan, hardware: Hardware | None = None) -> str:
     """`explain` as aligned text under a title line."""
-    rows = explain(plan, hardware)
+    preset = f" (preset {plan.preset})" if plan.preset else ""
+    return aligned(f"plan: {plan.stage}, depth {plan.depth}{preset}", explain(plan, hardware))
+
+
+def aligned(title: str, rows: list[Row]) -> str:
+    """Rows in columns under a title line."""
     names = max(len(name) for name, _, _ in rows)
     values = max(len(value) for _, value, _ in rows)
-    preset = f" (preset {plan.preset})" if plan.preset else ""
-    lines = [f"plan: {plan.stage}, depth {plan.depth}{preset}"]
-    lines += [f"  {name:<{names}}  {value:>{values}}  {rule}".rstrip() for name, value, rule in rows]
-    return "\n".join(lines)
+    lines = [f"  {name:<{names}}  {value:>{values}}  {rule}".rstrip() for name, value, rule in rows]
+    return "\n".join([title, *lines])
 
 
 def _model_rows(plan: Plan) -> list[Row]:
@@ -113,6 +116,7 @@ def _memory_rows(plan: Plan, hardware: Hardware | None) -> list[Row]:
     model, workers = plan.model, hardware.workers if hardware else 1
     weights, optimizer = model.weight_bytes(), model.optimizer_bytes(workers)
     activations = model.activation_bytes(plan.micro_batch_rows)
+    whole = model.worker_bytes(plan.micro_batch_rows, workers)
     group = f"shared by {workers} workers" if workers > 1 else "held by 1 worker"
     return [
         ("memory, weights", _gib(weights), "4 bytes per parameter (fp32)"),
@@ -123,7 +127,7 @@ def _memory_rows(plan: Plan, hardware: Hardware | None) -> list[Row]:
             _gib(activations),
             f"m·T tokens · layers · (15 width + 4 kv width) · 2 bytes, + {LOGITS_CHUNK_BYTES >> 20} MiB of logits",
         ),
-        ("memory per worker", _gib(2 * weights + optimizer + activations), "sum; an estimate, plus the runtime's own"),
+        ("memory per worker", _gib(whole), "sum; an estimate, plus the runtime's own"),
     ]
 
 

@@ -117,6 +117,10 @@ class ModelShape:
         counts = self.count_parameters()
         return -(-(4 * counts.matrices + 8 * (counts.total - counts.matrices)) // workers)
 
+    def worker_bytes(self, rows: int, workers: int = 1) -> int:
+        """What one of `workers` needs: weights, gradients, its share of the optimizer, activations of `rows` rows."""
+        return 2 * self.weight_bytes() + self.optimizer_bytes(workers) + self.activation_bytes(rows)
+
     def activation_bytes(self, rows: int, element_bytes: int = 2) -> int:
         """What one micro-batch keeps for its backward pass, and one chunk of logits with two of scratch in fp32.
 

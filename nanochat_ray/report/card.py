@@ -7,6 +7,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.plan import duration
 from nanochat_ray.report import sections
 from nanochat_ray.report.document import Document, KeyFigures, Section
+from nanochat_ray.report.goodput import NO_PRICES, Prices, money
 from nanochat_ray.report.html import to_html
 from nanochat_ray.report.markdown import to_markdown
 from nanochat_ray.report.training import Training, plan_section, read_training, training_section
@@ -15,8 +16,8 @@ from nanochat_ray.storage import Folder
 MARKDOWN, HTML = "report.md", "report.html"
 
 
-def build_card(run: Folder) -> dict[str, Any]:
-    """Write the report card of a run and return its main figures.
+def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
+    """Write the report card of a run and return its main figures; with prices, also in money.
 
     Reads, where they exist: tokenizer/{tokenizer,eval}.json, {base,sft}/{plan.json,events.jsonl}, base/base_eval.json,
     sft/chat_eval.json, report/stages.json. What is absent is listed in the report as not run.
@@ -42,12 +43,14 @@ def build_card(run: Folder) -> dict[str, Any]:
     }
     missing = [(job, f"python -m jobs.{job} --run {name}") for job, artifact in present.items() if not artifact]
     figures = _main_figures(base, base_eval, sft, chat_eval, stages)
+    if base and (costs := money(base.ledger, prices)):
+        figures["money"] = costs
     found: list[Section | None] = [
         Section("Summary", (KeyFigures(tuple(_key_figures(base, figures))),)) if figures else None,
         sections.missing_section(missing),
-        training_section("Pretraining", base) if base else None,
+        training_section("Pretraining", base, prices) if base else None,
         sections.base_samples_section(base_eval),
-        training_section("Finetuning", sft) if sft else None,
+        training_section("Finetuning", sft, prices) if sft else None,
         sections.chat_section(chat_eval),
         sections.bpb_section(base, base_eval, sft),
         sections.tokenizer_section(tokenizer, tokenizer_eval),
@@ -87,6 +90,8 @@ def _main_figures(
     if base:
         figures |= {"steps": base.steps_done, "tokens": base.steps[-1]["tokens"], "loss": base.end_loss}
         figures["tok_per_s"] = base.tok_per_s
+        if base.ledger.goodput is not None:
+            figures["goodput"] = base.ledger.goodput
         if base.plan:
             figures["parameters"] = base.plan.parameters.total
     if base_eval:
@@ -118,6 +123,8 @@ def _key_figures(base: Training | None, figures: dict[str, Any]) -> list[tuple[s
         shown.append((f"{figures['chat_accuracy']:.0%}", "of held-out questions right", "mean over kinds"))
     if "tok_per_s" in figures:
         shown.append((f"{figures['tok_per_s']:,.0f}", "tokens per second", "pretraining, median"))
+    if "goodput" in figures:
+        shown.append((f"{figures['goodput']:.0%}", "goodput", "useful share of worker time"))
     if "seconds" in figures:
         shown.append((duration(figures["seconds"]), "all stages", "wall time"))
     return shown

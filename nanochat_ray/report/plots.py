@@ -1,7 +1,7 @@
 """Curves as SVG, drawn with matplotlib on figures of their own (no global state, same input, same bytes)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MAX_POINTS = 600  # more cannot be told apart, and would only make the file large
+MAX_COLUMNS = 240  # of a timeline: each is as wide as three points of print
 SMOOTHING_SHARE = 50  # a moving average reaches this part of the curve to each side
 
 _INK, _FAINT, _ACCENT = "#3c434d", "#c3cad3", "#2457a6"
@@ -55,8 +56,47 @@ def curve(
         axes.margins(x=0.01)
         if from_zero:
             axes.set_ylim(bottom=0)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def timeline(stretches: Sequence[tuple[float, int, str]], shades: Mapping[str, str]) -> bytes:
+    """How many workers did what, over time, as SVG with a legend.
+
+    Args:
+        stretches: (seconds, workers, what they did), one after the other; at least one, and a positive sum of seconds.
+        shades: the colour of everything that workers do, in the order in which it is stacked.
+    """
+    whole = sum(seconds for seconds, _, _ in stretches)
+    unit, size = ("hours", 3600) if whole >= 7200 else ("minutes", 60) if whole >= 120 else ("seconds", 1)
+    width = whole / MAX_COLUMNS
+    heights = {what: [0.0] * MAX_COLUMNS for what in shades if any(what == done for _, _, done in stretches)}
+    at = 0.0
+    for seconds, workers, what in stretches:
+        for column in range(int(at / width), min(int((at + seconds) / width) + 1, MAX_COLUMNS)):
+            overlap = min(at + seconds, (column + 1) * width) - max(at, column * width)
+            heights[what][column] += max(0.0, overlap) / width * workers
+        at += seconds
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        edges = [column * width / size for column in range(MAX_COLUMNS + 1)]
+        floor = [0.0] * MAX_COLUMNS
+        for what, height in heights.items():
+            top = [low + high for low, high in zip(floor, height, strict=True)]
+            axes.stairs(top, edges, baseline=floor, fill=True, color=shades[what], label=what)
+            floor = top
+        axes.set_xlabel(unit)
+        axes.set_ylabel("workers")
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.margins(x=0)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return picture.getvalue()
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from nanochat_ray.plan import Plan, duration, explain
 from nanochat_ray.report.document import Block, Plot, Plots, Section, Table, Text
+from nanochat_ray.report.goodput import Prices, goodput_blocks, goodput_figures
 from nanochat_ray.report.plots import curve
 from nanochat_ray.storage import Folder
 from nanochat_ray.train.events import read_events
+from nanochat_ray.train.ledger import Ledger
 
 Event = dict[str, Any]
 
@@ -22,6 +24,7 @@ class Training:
     steps: list[Event]
     evals: list[Event]
     checkpoints: list[Event]
+    ledger: Ledger
 
     @property
     def steps_done(self) -> int:
@@ -54,15 +57,16 @@ def read_training(stage: Folder) -> Training | None:
         return None
     plan = Plan.from_dict(stage.read_json("plan.json")) if stage.exists("plan.json") else None
     by_step = {kind: sorted(of_kind[kind], key=lambda event: event["step"]) for kind in ("step", "eval")}
-    return Training(plan, of_kind["start"], by_step["step"], by_step["eval"], of_kind["checkpoint"])
+    return Training(plan, of_kind["start"], by_step["step"], by_step["eval"], of_kind["checkpoint"], Ledger(events))
 
 
 KINDS = ("start", "step", "eval", "checkpoint")
 
 
-def training_section(title: str, training: Training) -> Section:
-    """Curves, then figures; a stage that has not reached its last step says so first."""
+def training_section(title: str, training: Training, prices: Prices) -> Section:
+    """Curves, then figures, then where the time went; a stage that has not reached its last step says so first."""
     blocks: list[Block] = [Plots(_plots(training)), Table(("", ""), tuple(_figures(training)))]
+    blocks += goodput_blocks(training.ledger, prices)
     if not training.finished:
         planned = f" of {training.plan.steps:,}" if training.plan else ""
         blocks.insert(0, Text(f"Not finished: {training.steps_done:,}{planned} steps are done."))
@@ -111,6 +115,7 @@ def _figures(training: Training) -> list[tuple[str, str]]:
     if seconds := sum(event.get("seconds", 0.0) for event in steps):
         waited = sum(event.get("data_wait_s", 0.0) for event in steps)
         rows.append(("time in steps", f"{duration(seconds)}, of which {waited / seconds:.1%} waiting for data"))
+    rows += goodput_figures(training.ledger)
     if any("cropped_tokens" in event for event in steps):
         cropped = sum(event.get("cropped_tokens", 0) for event in steps)
         rows.append(("cropped by packing", f"{cropped / (cropped + steps[-1]['tokens']):.1%} of the tokens read"))

@@ -20,13 +20,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import ray
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.exceptions import HTTPException
 
@@ -202,33 +203,41 @@ class ChatServer:
         )
 
 
-def build_app(
-    storage: str,
-    run: str,
-    stage: str = "sft",
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    max_replies: int = MAX_REPLIES,
-) -> serve.Application:
-    """The application for a trained stage of a run.
+class Served(BaseModel):
+    """What to serve: a trained stage of a run. The `args` of an application in a Serve config are these fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    storage: str
+    run: str
+    stage: Literal["sft", "base"] = "sft"
+    device: Literal["cuda", "mps", "cpu"] | None = None  # the best that there is
+    dtype: Literal["bf16", "fp32"] | None = None  # what suits the device
+    max_replies: int = Field(MAX_REPLIES, ge=1)
+    threads: int | None = Field(None, ge=1)  # of the model on a CPU; all cores
+
+
+def build(args: Served) -> serve.Application:
+    """The application for a trained stage of a run; `nanochat_ray.serve.app:build` is a Serve config's `import_path`.
 
     Raises:
         UserError: nothing is trained there; says which command trains it.
     """
-    require_trained(storage, run, stage)
-    return app_of(functools.partial(load_chat_model, storage, run, stage, device, dtype), max_replies)
+    require_trained(args.storage, args.run, args.stage)
+    load = functools.partial(load_chat_model, args.storage, args.run, args.stage, args.device, args.dtype)
+    return app_of(load, args.max_replies, args.threads)
 
 
-def app_of(load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES) -> serve.Application:
+def app_of(
+    load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES, threads: int | None = None
+) -> serve.Application:
     """The application around any model that `load`, called in the replica, returns.
 
     The replica takes a GPU where the cluster that this process is connected to has one.
     """
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     deployment = cast(serve.Deployment, ChatServer).options(ray_actor_options={"num_cpus": 1, "num_gpus": gpus})
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return deployment.bind(load, max_replies, int(threads) if threads.isdigit() else None)
+    return deployment.bind(load, max_replies, threads)
 
 
 def serve_until_interrupted(
@@ -251,8 +260,10 @@ def serve_until_interrupted(
         UserError: nothing is trained there, the port is in use, or the model does not load.
     """
     require_trained(storage, run, stage)
-    build = functools.partial(build_app, storage, run, stage, device=device, dtype=dtype)
-    serve_app_until_interrupted(build, port, address, on_ready)
+    threads = os.environ.get("OMP_NUM_THREADS", "")  # the user's; in other processes Ray sets it
+    chosen = {"storage": storage, "run": run, "stage": stage, "device": device, "dtype": dtype}
+    served = Served.model_validate({**chosen, "threads": int(threads) if threads.isdigit() else None})
+    serve_app_until_interrupted(functools.partial(build, served), port, address, on_ready)
 
 
 def serve_app_until_interrupted(

@@ -2,8 +2,12 @@
 
 step         forward, backward, agreement between workers, update (plain torch)
 loop         steps, evaluations, checkpoints (plain torch, takes callables)
+cadence      when to look at the model and when to save it
 checkpoint   folders that appear whole, verify themselves and load under any world size
+saver        checkpoints off the critical path, in a thread
+lease        one writer per stage
 events       JSONL and TensorBoard
+ledger       what every worker-second went to, from the events
 progress     the live line, read from the events
 job          what a stage is, as plain data
 worker       one Ray Train worker running the loop

@@ -2,7 +2,7 @@
 
     <stage>/checkpoints/step_000400/
         model.safetensors  optimizer.safetensors  state.json
-        manifest.json          written last: name, size and sha256 of each file above
+        manifest.json          written last: name, size and sha256 of each file above, and the writer's lease
 
 A folder without a manifest is a write that never finished; readers do not see it. Ray Train's own checkpoints are not
 used: their index is private to Ray and pinned to its version, while these must be readable by the data pipeline, the
@@ -13,12 +13,12 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load as load_tensors
 
 from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
@@ -26,11 +26,15 @@ from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.plan import Plan
 from nanochat_ray.storage import Buffer, Folder
 from nanochat_ray.stream.cursor import Cursor
+from nanochat_ray.train.lease import Fence
 
 SCHEMA_VERSION = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE)
 _FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_FORMATS = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
 Tensors = dict[str, torch.Tensor]
+Look = TypeVar("Look")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class TrainState:
     """All that is saved besides tensors.
 
     Attributes:
+        best_val_bpb: the lowest of all evaluations so far, in bits per byte.
+        best_step: when that was; None: not since this is recorded.
         initial_model: the digest of the checkpoint whose weights the stage began with; None: it began at random.
     """
 
@@ -45,6 +51,7 @@ class TrainState:
     cursor: Cursor
     best_val_bpb: float | None = None
     initial_model: str | None = None
+    best_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,6 +59,7 @@ class TrainState:
             "plan": self.plan.to_dict(),
             "cursor": self.cursor.to_dict(),
             "best_val_bpb": self.best_val_bpb,
+            "best_step": self.best_step,
             "initial_model": self.initial_model,
         }
 
@@ -64,7 +72,21 @@ class TrainState:
             Cursor.from_dict(value["cursor"]),
             value["best_val_bpb"],
             value.get("initial_model"),
+            value.get("best_step"),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint in memory: what was verified, from one read."""
+
+    state: TrainState
+    model: Tensors
+    optimizer: Tensors
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +99,28 @@ class Checkpoints:
     def of(stage: Folder) -> "Checkpoints":
         return Checkpoints(stage / "checkpoints")
 
-    def save(self, state: TrainState, model: Tensors, optimizer: Tensors) -> int:
+    def save(self, state: TrainState, model: Tensors, optimizer: Tensors, fence: Fence | None = None) -> int:
         """Write the checkpoint of `state.cursor.step`; returns its size in bytes.
 
+        Args:
+            fence: of the lease under which this is written; None: there can be no other writer.
+
         Raises:
-            OSError: the storage refused; what was written stays invisible to readers.
+            OSError: the storage refused; what was written is deleted if it can be, and invisible to readers anyway.
+            UserError: another attempt has taken the stage over.
         """
         place = self.folder / _name(state.cursor.step)
+        if fence is not None:
+            fence.require_current()  # the new owner's checkpoint may be of this very step
         place.delete()  # an unfinished attempt at the same step
+        try:
+            return self._write(place, state, model, optimizer, fence)
+        except OSError:
+            with suppress(OSError):
+                place.delete()  # on a full disk its room lets the run end with a message
+            raise
+
+    def _write(self, place: Folder, state: TrainState, model: Tensors, optimizer: Tensors, fence: Fence | None) -> int:
         content: dict[str, Iterable[Buffer]] = {
             MODEL: _in_safetensors(model),
             OPTIMIZER: _in_safetensors(optimizer),
@@ -93,7 +129,10 @@ class Checkpoints:
         seals = {name: _Seal() for name in content}
         for name, pieces in content.items():
             place.write(name, seals[name].follow(pieces))
-        place.write_json(MANIFEST, {"files": {name: seal.to_dict() for name, seal in seals.items()}})
+        if fence is not None:
+            fence.require_current()
+        lease = fence.number if fence is not None else None
+        place.write_json(MANIFEST, {"files": {name: seal.to_dict() for name, seal in seals.items()}, "lease": lease})
         return sum(seal.bytes for seal in seals.values())
 
     def steps(self) -> list[int]:
@@ -108,31 +147,79 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints and all are damaged; to begin again must be the user's own decision.
         """
+        found = self._newest(self._verify, warn)
+        return None if found is None else found[0]
+
+    def newest_whole(self, warn: Callable[[str], None]) -> int | None:
+        """As `newest_valid`, by the state's hash and the sizes of the tensor files: nothing large is read.
+
+        Who then loads the checkpoint may still find it damaged.
+        """
+        found = self._newest(self._measure, warn)
+        return None if found is None else found[0]
+
+    def load(self, warn: Callable[[str], None], files: Sequence[str] = FILES) -> Loaded | None:
+        """The newest checkpoint that verifies, each of its files read once; otherwise as `newest_valid`.
+
+        Args:
+            files: which to read and verify, STATE among them; tensors of the others are left out.
+        """
+        found = self._newest(lambda step: self._read(step, files), warn)
+        if found is None:
+            return None
+        read = found[1]
+        tensors = [_from_safetensors(read.pop(name)) if name in files else {} for name in (MODEL, OPTIMIZER)]
+        return Loaded(TrainState.from_dict(json.loads(read[STATE])), tensors[0], tensors[1])
+
+    def _newest(self, look: Callable[[int], Look], warn: Callable[[str], None]) -> tuple[int, Look] | None:
+        """The newest step whose checkpoint `look` does not find damaged, and what it found."""
         damaged: list[str] = []
         for step in reversed(self.steps()):
-            damage = self.damage(step)
-            if damage is None:
-                for line in damaged:
-                    warn(f"{line}; using step {step}")
-                return step
-            damaged.append(f"checkpoint {self.folder / _name(step)} is damaged ({damage})")
+            try:
+                found = look(step)
+            except (_Damaged, FileNotFoundError) as damage:
+                damaged.append(f"checkpoint {self.folder / _name(step)} is damaged ({damage})")
+                continue
+            for line in damaged:
+                warn(f"{line}; using step {step}")
+            return step, found
         if damaged:
             raise UserError(f"{'; '.join(damaged)}. No other is there: restore one, or start anew with --fresh")
         return None
 
-    def damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, or None when every file has the size and hash it was written with."""
-        place = self.folder / _name(step)
+    def _manifest(self, step: int) -> dict[str, dict[str, Any]]:
+        """Size and hash by file name, as they were written."""
         try:
-            files = place.read_json(MANIFEST)["files"]
-            if sorted(files) != sorted((MODEL, OPTIMIZER, STATE)):
-                return f"{MANIFEST} does not list its files"
-            for name in files:
-                if _Seal.of(place.read_pieces(name)).to_dict() != files[name]:
-                    return f"{name} is not what was written"
-        except (FileNotFoundError, KeyError, TypeError, UserError) as error:
-            return str(error)
-        return None
+            files = json.loads((self.folder / _name(step)).read(MANIFEST))["files"]
+            if sorted(files) == sorted(FILES):
+                return {name: {"bytes": files[name]["bytes"], "sha256": files[name]["sha256"]} for name in FILES}
+        except (ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f"{MANIFEST} is not valid: {error!r}") from error
+        raise _Damaged(f"{MANIFEST} does not list its files")
+
+    def _measure(self, step: int) -> None:
+        seals = self._manifest(step)
+        for name, seal in seals.items():
+            size = (self.folder / _name(step)).size(name)
+            if size != seal["bytes"]:
+                raise _Damaged(f"{name} has {size} bytes instead of {seal['bytes']}")
+        self._content(step, {STATE: seals[STATE]})
+
+    def _verify(self, step: int) -> None:
+        for name, seal in self._manifest(step).items():
+            for _ in _sealed((self.folder / _name(step)).read_pieces(name), name, seal):
+                pass
+
+    def _read(self, step: int, names: Sequence[str]) -> dict[str, bytearray]:
+        seals = self._manifest(step)
+        return self._content(step, {name: seals[name] for name in names})
+
+    def _content(self, step: int, seals: dict[str, dict[str, Any]]) -> dict[str, bytearray]:
+        content = {name: bytearray() for name in seals}
+        for name, data in content.items():
+            for piece in _sealed((self.folder / _name(step)).read_pieces(name), name, seals[name]):
+                data += piece
+        return content
 
     def digest(self, step: int) -> str:
         """The sha256 of a checkpoint's weights."""
@@ -142,15 +229,15 @@ class Checkpoints:
         return TrainState.from_dict((self.folder / _name(step)).read_json(STATE))
 
     def model(self, step: int) -> Tensors:
-        return load_tensors((self.folder / _name(step)).read(MODEL))
+        return _from_safetensors(bytearray((self.folder / _name(step)).read(MODEL)))
 
     def optimizer(self, step: int) -> Tensors:
-        return load_tensors((self.folder / _name(step)).read(OPTIMIZER))
+        return _from_safetensors(bytearray((self.folder / _name(step)).read(OPTIMIZER)))
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` (at least 1) finished checkpoints, and unfinished ones older than those."""
+    def prune(self, keep: int, best: int | None = None) -> None:
+        """Delete what is older than the newest `keep` (at least 1) finished checkpoints, but for the `best` step's."""
         oldest_kept = self.steps()[-keep:][0]
-        self._delete(lambda step: step < oldest_kept)
+        self._delete(lambda step: step < oldest_kept and step != best)
 
     def delete_after(self, step: int) -> None:
         """Delete what lies beyond a step from which training goes on: damaged, or never finished."""
@@ -175,13 +262,6 @@ class _Seal:
         self.bytes = 0
         self._sha256 = hashlib.sha256()
 
-    @staticmethod
-    def of(pieces: Iterable[Buffer]) -> "_Seal":
-        seal = _Seal()
-        for _ in seal.follow(pieces):
-            pass
-        return seal
-
     def follow(self, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         for piece in pieces:
             self.bytes += len(piece)
@@ -190,6 +270,14 @@ class _Seal:
 
     def to_dict(self) -> dict[str, Any]:
         return {"bytes": self.bytes, "sha256": self._sha256.hexdigest()}
+
+
+def _sealed(pieces: Iterator[bytes], name: str, expected: dict[str, Any]) -> Iterator[Buffer]:
+    """The pieces of a file; _Damaged at their end unless they have the size and hash that it was written with."""
+    seal = _Seal()
+    yield from seal.follow(pieces)
+    if seal.to_dict() != expected:
+        raise _Damaged(f"{name} is not what was written")
 
 
 def _in_safetensors(tensors: Tensors) -> Iterator[Buffer]:
@@ -207,6 +295,22 @@ def _in_safetensors(tensors: Tensors) -> Iterator[Buffer]:
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors.values():
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _from_safetensors(data: bytearray) -> Tensors:
+    """The tensors of a file in that format, as views of `data`: the library's own reader copies all of them."""
+    (length,) = struct.unpack_from("<Q", data)
+    tensors: Tensors = {}
+    for name, entry in json.loads(data[8 : 8 + length]).items():
+        start, end = entry["data_offsets"]
+        whole = torch.empty(0, dtype=torch.uint8)
+        if end > start:
+            whole = torch.frombuffer(data, dtype=torch.uint8, offset=8 + length + start, count=end - start)
+        dtype = _FORMATS[entry["dtype"]]
+        if whole.data_ptr() % dtype.itemsize:  # after a tensor of narrower numbers
+            whole = whole.clone()
+        tensors[name] = whole.view(dtype).view(entry["shape"])
+    return tensors
 
 
 def build_model(plan: Plan) -> GPT:
@@ -231,13 +335,12 @@ def load_model(
     Raises:
         UserError: the stage has no usable checkpoint, or was trained with another tokenizer.
     """
-    checkpoints = Checkpoints.of(stage)
-    step = checkpoints.newest_valid(warn)
-    if step is None:
+    loaded = Checkpoints.of(stage).load(warn, (MODEL, STATE))
+    if loaded is None:
         raise UserError(
             f"no trained model in {stage}: run the stage that writes it first (pretrain for base, then sft)"
         )
-    state = checkpoints.state(step)
+    state = loaded.state
     if state.cursor.identity.tokenizer != tokenizer_fingerprint:
         raise UserError(
             f"{stage} was trained with another tokenizer than the one that is in its run now; "
@@ -245,5 +348,5 @@ def load_model(
         )
     plan = state.plan
     model = build_model(plan)
-    model.load_state_dict(checkpoints.model(step))
-    return model.to(device).freeze(dtype), plan, step
+    model.load_state_dict(loaded.model)
+    return model.to(device).freeze(dtype), plan, state.cursor.step

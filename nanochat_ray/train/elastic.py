@@ -9,22 +9,30 @@ to save, and to leave when their machines' time is over or when more could take 
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.train.torch import TorchTrainer
 
-# Not public, but the only place where Ray Train takes a scaling policy; the version is pinned and tests hold it.
+# Not public: the first tells what is free on each machine, the others are the only places where Ray Train takes a
+# scaling policy and callbacks of the controller. The version is pinned and tests hold them.
+from ray._private.state import available_resources_per_node
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
 from nanochat_ray.cli import warn
+from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
 
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
 STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them would cost a restart each
+SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
+GLANCE_EVERY_S = 0.05
+SPARES_AFTER_S = 4.0  # of a group's first seconds, which want the cores themselves
 CPUS_PER_DATA_TASK = 0.5
 
 
@@ -44,16 +52,29 @@ class Machines:
     usable: Mapping[str, Mapping[str, float]]
     leaving: Mapping[str, float]
 
-    def places(self, per_worker: Mapping[str, float]) -> int:
+    def places(self, per_worker: Mapping[str, float], least: int = 0) -> int:
         """How many workers the usable machines hold, each with room for a task that reads its data.
 
-        Without that room Ray Data waits for a free core for ever, and says nothing.
+        Args:
+            least: so many may do with room for one such task among them. Without any, Ray Data waits for a free core
+                for ever, and says nothing.
         """
+        comfortable = sum(self.places_by_machine(per_worker).values())
+        if comfortable >= least:
+            return comfortable
+        tight = sum(_fits(resources, per_worker) for resources in self.usable.values())
+        cpus = sum(resources.get("CPU", 0.0) for resources in self.usable.values())
+        with_one_task = int((cpus - CPUS_PER_DATA_TASK) // per_worker["CPU"])
+        return min(least, tight, max(0, with_one_task))
+
+    def places_by_machine(self, per_worker: Mapping[str, float]) -> dict[str, int]:
+        """By node id, how many workers each usable machine holds, each with room for a task that reads its data."""
         needs = {**per_worker, "CPU": per_worker["CPU"] + CPUS_PER_DATA_TASK}
-        return sum(
-            min(int(resources.get(name, 0.0) // amount) for name, amount in needs.items())
-            for resources in self.usable.values()
-        )
+        return {name: _fits(resources, needs) for name, resources in self.usable.items()}
+
+
+def _fits(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    return min(int(resources.get(name, 0.0) // amount) for name, amount in needs.items())
 
 
 def look_at_machines() -> Machines:
@@ -144,28 +165,103 @@ class Watch:
 
 
 class UsableMachinesPolicy(ElasticScalingPolicy):
-    """Ray Train's elastic policy, with the machines as they are now; a running group is never cut off from outside."""
+    """Ray Train's elastic policy, with the machines as they are now; a running group is never cut off from outside.
 
-    def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> ScalingDecision:
-        self._maybe_send_resource_request()  # an autoscaler keeps bringing machines
+    Lives in the controller of the run, which asks it about twice a second.
+
+    Args:
+        note_wait: is told, before each group, for how many seconds there were too few machines for it.
+    """
+
+    def __init__(self, scaling_config: Any, note_wait: Callable[[float], None]):
+        super().__init__(scaling_config)
+        self._note_wait = note_wait
+        self._short_since: float | None = None
+        self._waited_s = 0.0
+        self._group: float | None = None  # when the running one began, by the controller's clock
+        self._looked_at = 0.0
+        self._spare_workers, self._spares_beside = Spares(), Spares()
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()  # an autoscaler brings machines
+        config, now = self.scaling_config, time.monotonic()
+        places = look_at_machines().places(config._resources_per_worker_not_none, config.min_workers)
+        if places < config.min_workers:
+            self._short_since = now if self._short_since is None else self._short_since
+            time.sleep(WATCH_EVERY_S / 4)  # the controller would ask again at once
+            return NoopDecision()
+        if self._short_since is not None:
+            self._waited_s += now - self._short_since
+        self._note_wait(self._waited_s)
+        self._short_since, self._waited_s = None, 0.0
+        return self._get_resize_decision(min(places, config.max_workers))
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, *_: Any, **__: Any) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        self._keep_spares(worker_group_state)
         return NoopDecision()
 
-    def _get_reserved_resources(self) -> Any:
-        return look_at_machines().usable
+    def _keep_spares(self, group: Any) -> None:
+        """Processes for the next group, on the machines of this one and on others that could take part."""
+        now, here = time.monotonic(), ray.get_runtime_context().get_node_id()
+        on_machine = Counter(worker.metadata.node_id for worker in group.workers)
+        if group.start_time != self._group:
+            self._group, self._looked_at = group.start_time, now + SPARES_AFTER_S
+            self._spare_workers.taken(on_machine)
+            self._spares_beside.taken({here: BESIDE_CONTROLLER})
+            self._environment = ray.get(group.workers[0].execute_async(_environment_of_process))
+        if now < self._looked_at:
+            return
+        self._looked_at = now + WATCH_EVERY_S
+        machines = look_at_machines()
+        places = machines.places_by_machine(self.scaling_config._resources_per_worker_not_none)
+        if len(places) < 2:
+            return  # one machine that loses its workers has lost all
+        most = self.scaling_config.max_workers
+        wanted = {name: max(on_machine[name], min(count, most)) for name, count in places.items()}
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        self._spare_workers.refill(nodes, wanted, self._environment)
+        self._spares_beside.refill(nodes, {here: BESIDE_CONTROLLER}, _environment_of_process())
 
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        places = Machines(reserved_resources, {}).places(self.scaling_config._resources_per_worker_not_none)
-        return min(places, self.scaling_config.max_workers)
+
+def _environment_of_process() -> str:
+    return ray.get_runtime_context().get_runtime_env_string()
+
+
+class WaitUntilGivenBack(WorkerGroupCallback):
+    """Between two groups, waits until the machines know that the old one's reservations are gone.
+
+    Otherwise the new group is reserved where room is seen first, and crowds on the machine that had no worker.
+    """
+
+    def __init__(self, per_worker: Mapping[str, float]):
+        self._per_worker = per_worker
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        until = time.monotonic() + SETTLE_S
+        places = look_at_machines().places_by_machine(self._per_worker)
+        while time.monotonic() < until:
+            free = available_resources_per_node()
+            if all(_fits(free.get(name, {}), self._per_worker) >= number for name, number in places.items()):
+                return
+            time.sleep(GLANCE_EVERY_S)
 
 
 class ElasticTrainer(TorchTrainer):
     """A TorchTrainer whose groups of `num_workers=(min, max)` follow `UsableMachinesPolicy`."""
 
+    def __init__(self, *positional: Any, note_wait: Callable[[float], None], **named: Any):
+        super().__init__(*positional, **named)
+        self._note_wait = note_wait
+
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        config: Any = self.scaling_config  # of the second version of Ray Train, whose types Ray's stubs do not show
-        if config.elasticity_enabled:
-            given["scaling_policy"] = UsableMachinesPolicy(config)
+        given["scaling_policy"] = UsableMachinesPolicy(self.scaling_config, self._note_wait)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        config: Any = self.scaling_config
+        given_back = WaitUntilGivenBack(config._resources_per_worker_not_none)
+        return [*super()._create_default_callbacks(), given_back]  # type: ignore[misc]
 
 
 def machines_of_group() -> set[str]:

@@ -1,7 +1,9 @@
 """What happened, one JSON object per line in `<stage>/events.jsonl`, and the same curves for TensorBoard.
 
-Objects have a `kind`: start, step, eval, checkpoint, warning, finish. There is exactly one `step` object per optimizer
-step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped.
+Objects have a `kind`: start, step, eval, checkpoint, lost, leave, warning, finish. There is exactly one `step` object
+per optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
+`lost` object tells how many they were and how long they took. What else the time went to is in ledger.py: each `step`
+carries the `goodput` so far, `finish` the `worker_seconds` by label.
 """
 
 import json
@@ -12,10 +14,12 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from nanochat_ray.storage import Folder
+from nanochat_ray.cli import warn
+from nanochat_ray.storage import Folder, retrying
+from nanochat_ray.train.ledger import Ledger
 
 EVENTS = "events.jsonl"
-_CURVES = {"step": ("loss", "lr", "tok_per_s", "workers", "data_wait_s"), "eval": ("val_bpb",)}
+_CURVES = {"step": ("loss", "lr", "tok_per_s", "workers", "data_wait_s", "goodput"), "eval": ("val_bpb",)}
 
 
 class EventLog:
@@ -26,7 +30,9 @@ class EventLog:
 
     def __init__(self, stage: Folder, resume_step: int):
         self._stage = stage
-        self._lines = [json.dumps(event) for event in read_events(stage) if _survives(event, resume_step)]
+        events = without_repeated(read_events(stage), resume_step)
+        self._ledger = Ledger(events)
+        self._lines = [json.dumps(event) for event in events]
         self._file = None
         if stage.is_local:
             stage.write(EVENTS, "".join(f"{line}\n" for line in self._lines))
@@ -35,21 +41,35 @@ class EventLog:
         self._board = SummaryWriter(self._board_folder, purge_step=resume_step)
 
     def append(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **fields})
+        event = {"kind": kind, "time": round(time.time(), 3), **fields}
+        self._ledger.add(event)
+        if kind == "step":
+            goodput = self._ledger.goodput
+            event["goodput"] = None if goodput is None else round(goodput, 4)
+        elif kind == "finish":
+            event["worker_seconds"] = {label: round(seconds, 3) for label, seconds in self._ledger.totals().items()}
+        line = json.dumps(event)
         if self._file is not None:
             self._file.write(line + "\n")
         else:
             self._lines.append(line)
         for curve in _CURVES.get(kind, ()):
-            if fields.get(curve) is not None:
-                self._board.add_scalar(f"{kind}/{curve}", fields[curve], fields["step"])
+            if event.get(curve) is not None:
+                self._board.add_scalar(f"{kind}/{curve}", event[curve], event["step"])
 
     def flush(self) -> None:
-        """Make everything appended so far durable."""
+        """Make everything appended so far durable; from any thread, but one at a time.
+
+        Raises:
+            UserError: the storage kept failing.
+        """
         self._board.flush()
         if self._file is not None:
             self._file.flush()
             return
+        retrying(self._upload, self._stage, warn)
+
+    def _upload(self) -> None:
         self._stage.write(EVENTS, "".join(f"{line}\n" for line in self._lines))
         for name in os.listdir(self._board_folder):
             with open(os.path.join(self._board_folder, name), "rb") as file:
@@ -77,6 +97,49 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) else None
+
+
+def without_repeated(events: list[dict[str, Any]], resume_step: int) -> list[dict[str, Any]]:
+    """The events of a run that goes on at `resume_step`: those of the steps that it will do again are summed up.
+
+    In each group of workers they become one event, where the last of them was: {kind: lost, time: their end, began:
+    when the work of the first one began, step: the first one, steps: how many, workers, worker_seconds}.
+    """
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    place = 0  # in `kept`, of the group's `lost` event
+
+    def sum_up() -> None:
+        if dropped:
+            kept.insert(place, _lost(dropped))
+            dropped.clear()
+
+    for event in events:
+        if event["kind"] == "start":
+            sum_up()
+        if _survives(event, resume_step):
+            kept.append(event)
+        elif event["kind"] in ("step", "eval"):
+            dropped.append(event)
+            place = len(kept)
+    sum_up()
+    return kept
+
+
+def _lost(dropped: list[dict[str, Any]]) -> dict[str, Any]:
+    first, last = dropped[0], dropped[-1]
+    steps = [event for event in dropped if event["kind"] == "step"]
+    began = first["time"] - first.get("seconds", 0.0) + first.get("data_wait_s", 0.0)
+    workers = steps[0].get("workers", 1) if steps else 1
+    return {
+        "kind": "lost",
+        "time": last["time"],
+        "began": round(began, 3),
+        "step": first["step"],
+        "steps": len(steps),
+        "workers": workers,
+        "worker_seconds": round((last["time"] - began) * workers, 3),
+    }
 
 
 def _survives(event: dict[str, Any], resume_step: int) -> bool:

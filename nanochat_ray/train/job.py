@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import StreamIdentity
 from nanochat_ray.stream.rows import RowSource
 from nanochat_ray.tokenizer import Tokenizer
-from nanochat_ray.train.checkpoint import Checkpoints, TrainState
+from nanochat_ray.train.cadence import Cadence
+from nanochat_ray.train.checkpoint import Checkpoints, Loaded, TrainState
 from nanochat_ray.train.events import read_events
-from nanochat_ray.train.loop import Cadence
+from nanochat_ray.train.lease import Fence
+from nanochat_ray.train.watchdog import PATIENCE, Patience
 
 EVALS_PER_RUN = 4
 EVAL_FRACTION = 50
@@ -40,7 +43,10 @@ class TrainingJob:
     compile: str  # auto | on | off
     initial_model: Folder | None = None  # a finished stage whose weights to begin with
     initial_digest: str | None = None  # of those weights
+    patience: Patience = PATIENCE  # with workers that hang
     attempt: str = ""
+    attempt_began: float = 0.0  # seconds since the epoch
+    fence: Fence | None = None  # of the lease under which this attempt writes
 
     @staticmethod
     def from_flags(args: argparse.Namespace, **given: Any) -> "TrainingJob":
@@ -67,17 +73,31 @@ class TrainingJob:
             seed=self.plan.seed,
         )
 
-    def saved_state(self) -> TrainState | None:
+    def saved_state(self, deeply: bool = True) -> TrainState | None:
         """The newest valid state, or None before the first checkpoint.
+
+        Args:
+            deeply: verify the tensors, too; otherwise only their sizes (see `Checkpoints.newest_whole`).
 
         Raises:
             UserError: it belongs to another plan or another stream; names each difference.
         """
         checkpoints = Checkpoints.of(self.stage)
-        step = checkpoints.newest_valid(warn)
+        step = checkpoints.newest_valid(warn) if deeply else checkpoints.newest_whole(warn)
         if step is None:
             return None
         state = checkpoints.state(step)
+        self._require_own(state)
+        return state
+
+    def load(self, warn: Callable[[str], None] = warn) -> Loaded | None:
+        """As `saved_state`, with the tensors."""
+        loaded = Checkpoints.of(self.stage).load(warn)
+        if loaded is not None:
+            self._require_own(loaded.state)
+        return loaded
+
+    def _require_own(self, state: TrainState) -> None:
         state.cursor.require_identity(self.identity)
         if state.initial_model != self.initial_digest:
             raise UserError(
@@ -86,10 +106,9 @@ class TrainingJob:
         changed = differences(state.plan, self.plan)
         if changed:
             raise UserError(
-                f"{self.stage} was trained to step {step} with another plan: {'; '.join(changed)}. "
+                f"{self.stage} was trained to step {state.cursor.step} with another plan: {'; '.join(changed)}. "
                 "Give the old values, use another --run, or start anew with --fresh"
             )
-        return state
 
 
 def training_figures(stage: Folder) -> dict[str, Any]:
@@ -103,4 +122,5 @@ def training_figures(stage: Folder) -> dict[str, Any]:
         "loss": steps[-1]["loss"],
         "val_bpb": evals[-1]["val_bpb"],
         "tok_per_s": statistics.median(event["tok_per_s"] for event in steps),
+        "goodput": steps[-1].get("goodput"),
     }

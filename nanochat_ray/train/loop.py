@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from nanochat_ray.model.optim import MuonAdamW
 from nanochat_ray.stream.rows import MicroBatch
+from nanochat_ray.train.cadence import Cadence
 from nanochat_ray.train.checkpoint import TrainState
 from nanochat_ray.train.step import StepResult, SummedLoss, World, run_step
 
@@ -13,22 +14,15 @@ SAVE, LEAVE = 1, 2  # what worker 0 may ask of all in a step; the request of a s
 
 
 @dataclass(frozen=True)
-class Cadence:
-    """When to look at the model and when to save it."""
-
-    eval_every_steps: int
-    checkpoint_every_s: float
-
-
-@dataclass(frozen=True)
 class Hooks:
-    """What the loop cannot do itself. All workers call each at the same steps; `request` only worker 0."""
+    """What the loop cannot do itself. All workers call each at the same steps, but the last two: only worker 0."""
 
     evaluate: Callable[[int], float]  # step → validation bits per byte
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState], None]  # may return before it is done; `leave` may not
     on_step: Callable[[StepResult, TrainState, float], None]  # result, state after it, seconds
-    request: Callable[[], int]  # SAVE and LEAVE, as seen from outside the loop
     leave: Callable[[], None]  # ends this worker, everything being saved; does not return
+    request: Callable[[], int]  # SAVE and LEAVE, as seen from outside the loop
+    checkpoint_every_s: Callable[[], float]  # as of now; infinite while one is still being written
 
 
 def train(
@@ -55,7 +49,7 @@ def train(
         began = clock()
         request = 0
         if world.rank == 0:
-            due = began - saved_at >= cadence.checkpoint_every_s
+            due = began - saved_at >= hooks.checkpoint_every_s()
             request = hooks.request() | (SAVE if due else 0)
         result = run_step(plan, summed_loss, optimizer, state.cursor, first_step, micro_batches, world, request)
         state = replace(state, cursor=state.cursor.advanced(result.last_row, plan.batch_tokens))
@@ -64,7 +58,7 @@ def train(
         is_last = state.cursor.step == plan.steps
         if is_last or state.cursor.step % cadence.eval_every_steps == 0:
             state = _evaluated(state, hooks)
-        if is_last or result.request:
+        if is_last or result.request or state.best_step == state.cursor.step:
             hooks.save(state)
             saved_at = clock()
         if result.request & LEAVE and not is_last:
@@ -73,6 +67,8 @@ def train(
 
 
 def _evaluated(state: TrainState, hooks: Hooks) -> TrainState:
+    """The state after an evaluation; its own step is the best one if no evaluation before was as good."""
     bpb = hooks.evaluate(state.cursor.step)
-    best = bpb if state.best_val_bpb is None else min(bpb, state.best_val_bpb)
-    return replace(state, best_val_bpb=best)
+    if state.best_val_bpb is not None and bpb >= state.best_val_bpb:
+        return state
+    return replace(state, best_val_bpb=bpb, best_step=state.cursor.step)

@@ -64,6 +64,7 @@ class ProgressLine:
             f"mfu {event['mfu']:.0%}" if event["mfu"] else "mfu -",
             f"workers {event['workers']}",
             f"waiting for data {event['data_wait_s'] / event['seconds']:.0%}",
+            f"goodput {event['goodput']:.0%}" if event.get("goodput") is not None else "goodput -",
             f"eta {int(left) // 60}m{int(left) % 60:02d}s",
         ]
         return " | ".join(parts)
@@ -109,5 +110,7 @@ def _read_from(stage: Folder, offset: int) -> tuple[str, int]:
             data = file.read()
     except FileNotFoundError:
         return "", 0
+    except OSError:  # the storage fails for a while; the worker that writes there says so
+        return "", offset
     data = data[: data.rfind(b"\n") + 1]
     return data.decode(), offset + len(data)

@@ -4,49 +4,76 @@ At every start of a group, the newest valid checkpoint says where the stream goe
 there; what a worker does is in worker.py, when a group changes its size in elastic.py.
 """
 
+import threading
+import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import ray.train
+
+# A private name, but the only way to give some actors of a job a hook that others do not get; the version is pinned.
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
+from nanochat_ray.cli import warn
 from nanochat_ray.cluster import Cluster, require_room
 from nanochat_ray.errors import UserError
+from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_config
 from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, ElasticTrainer
 from nanochat_ray.train.job import TrainingJob
+from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
-from nanochat_ray.train.worker import FAILURE, LAST_ERROR, report_failure, reported_failure, train_on_worker
+from nanochat_ray.train.worker import (
+    FAILURE,
+    LAST_ERROR,
+    WAITED,
+    load,
+    note_wait,
+    report_failure,
+    reported_failure,
+    train_on_worker,
+)
 
 
 def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], fresh: bool = False) -> bool:
     """Train, with a live line, until the plan's last step is saved; False when it already was.
 
     Args:
+        job: its `fence` is given where the caller holds the lease of the stage; otherwise it is held here.
         fresh: discard what the stage holds, once everything else has been checked.
 
     Raises:
-        UserError: the cluster is too small, what a worker reported as the user's to mend, or workers kept failing.
+        UserError: another process trains this stage, the cluster is too small, what a worker reported as the user's
+            to mend, or workers kept failing.
     """
-    job = replace(job, attempt=uuid.uuid4().hex)
+    if job.fence is None:
+        with Lease.acquire(job.stage) as lease:
+            return run_training(replace(job, fence=lease.fence), cluster, workers, fresh)
+    job = replace(job, attempt=uuid.uuid4().hex, attempt_began=round(time.time(), 3))
     state = None if fresh else job.saved_state()
     if state is not None and state.cursor.step == job.plan.steps:
         print(f"{job.stage} is trained: {job.plan.steps} steps are done (--fresh starts anew)")
         return False
     resources = require_workers(cluster, workers)
     if fresh:
-        job.stage.delete()
+        clear_stage(job.stage)
     job.stage.write_json("plan.json", job.plan.to_dict())
     trainer = ElasticTrainer(
         train_on_worker,
         train_loop_config={"job": job, "most": workers[1], "per_worker": resources},
         datasets={"train": lambda: _dataset_from_checkpoint(job)},
         dataset_config=ordered_data_config(),
+        note_wait=partial(note_wait, job),
         torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers[0] if workers[0] == workers[1] else workers,  # type: ignore[arg-type]
+            num_workers=workers,  # type: ignore[arg-type]
             resources_per_worker=resources,
             use_gpu="GPU" in resources,
             # Workers that fill a machine's cores leave none for the tasks that read their data.
@@ -56,19 +83,37 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
             name=job.attempt,  # never an old name: our own checkpoints say where to go on
             storage_path=str(job.stage / "ray"),
             failure_config=FailureConfig(max_failures=-1),
+            worker_runtime_env={"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{load.__module__}.{load.__name__}"}},
         ),
     )
     try:
         with live_progress(job.stage, job.plan.steps):
-            trainer.fit()
+            _interruptibly(trainer.fit)
         _raise_reported_failure(job)
     except ray.train.TrainingFailedError as error:
         _raise_reported_failure(job)
         raise UserError(f"training failed: {_last_line(str(error))}") from error
     finally:
-        for leftover in ("ray", FAILURE, LAST_ERROR):
+        for leftover in ("ray", FAILURE, LAST_ERROR, WAITED):
             job.stage.delete(leftover)
     return True
+
+
+def _interruptibly(fit: Callable[[], Any]) -> None:
+    """Run in a thread, so that Ctrl-C ends the wait at once and `connect` ends the rest.
+
+    In the main thread Ray Train would ask its controller to stop, which hears nothing while it waits for machines.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(fit())
+        except BaseException as error:  # for the main thread to raise
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    outcome.result()
 
 
 def require_workers(cluster: Cluster, workers: tuple[int, int]) -> dict[str, float]:
@@ -84,7 +129,7 @@ def require_workers(cluster: Cluster, workers: tuple[int, int]) -> dict[str, flo
 
 def _dataset_from_checkpoint(job: TrainingJob) -> ray.data.Dataset:
     try:
-        state = job.saved_state()
+        state = retrying(lambda: job.saved_state(deeply=False), job.stage, warn)
     except UserError as error:  # Ray would start the group again for ever; so it does start, and ends at once
         report_failure(job, str(error))
         state = None

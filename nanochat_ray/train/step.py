@@ -25,6 +25,7 @@ from nanochat_ray.stream.rows import IGNORED_TARGET, MicroBatch, stream_hash, to
 SummedLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _FIRST, _LAST, _DIGEST, _LOSS_BITS, _TARGETS, _CROPPED, _COLUMNS = slice(0, 3), slice(3, 6), 6, 7, 8, 9, 10
+_NAMED_AT_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run_step(
         request: a small number that every worker gets to see summed (worker 0 asks for a checkpoint this way).
 
     Raises:
-        UserError: the loss is not finite; the weights are as before the step.
+        UserError: the loss or the gradient is not finite; the weights are as before the step.
         RuntimeError: a micro-batch does not follow the one before it (a bug in the data pipeline).
     """
     table = torch.zeros(plan.micro_batches + 1, _COLUMNS, dtype=torch.int64)
@@ -95,6 +96,7 @@ def run_step(
         line[_DIGEST] = micro_batch.digest()
         line[_CROPPED] = int(micro_batch.cropped_M.sum())
 
+    table[-1, 1] = not optimizer.has_finite_gradients()
     table = world.sum(table)
     lines = table[:-1]
     last_row = _check_sequence(cursor, lines)
@@ -103,9 +105,15 @@ def run_step(
     if not math.isfinite(loss_sum):
         bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
         raise UserError(
-            f"the loss of step {cursor.step} is not finite (micro-batches {bad} of {plan.micro_batches}); the weights "
-            f"were not updated. See its text with `python -m jobs.data --show-step {cursor.step}` and the "
-            "--run, --storage and --corpus of this run, or lower the rates"
+            f"the loss of step {cursor.step} is not finite in {len(bad)} of {plan.micro_batches} micro-batches "
+            f"({_rows_of(lines, bad)}); the weights were not updated. See its text with `python -m jobs.data "
+            f"--show-step {cursor.step}` and the --run, --storage and --corpus of this run, or lower the rates"
+        )
+    if table[-1, 1]:
+        raise UserError(
+            f"the loss of step {cursor.step} is finite, but its gradient is not on {int(table[-1, 1])} of {world.size} "
+            f"workers (rows {_row(lines[0, _FIRST])} to {_row(lines[-1, _LAST])} as epoch/unit position/row); "
+            "the weights were not updated. Lower the rates, or train with --dtype fp32"
         )
     optimizer.step(
         lr_multiplier=lr_multiplier(plan, cursor.step),
@@ -137,6 +145,20 @@ def _forward_backward(
     loss = summed_loss(inputs_BT.to(device), targets_BT.to(device))
     loss.backward()
     return loss.detach().double().cpu().view(torch.int64), (targets_BT != IGNORED_TARGET).sum()
+
+
+def _rows_of(lines: torch.Tensor, micro_batches: list[int]) -> str:
+    """The first and last rows of some micro-batches, for people; of many, which is a diverged model, only a few."""
+    named = [
+        f"{index}: rows {_row(lines[index, _FIRST])} to {_row(lines[index, _LAST])}"
+        for index in micro_batches[:_NAMED_AT_MOST]
+    ]
+    more = ["…"] if len(micro_batches) > _NAMED_AT_MOST else []
+    return ", ".join([*named, *more]) + " as epoch/unit position/row"
+
+
+def _row(row_id: torch.Tensor) -> str:
+    return "/".join(map(str, row_id.tolist()))
 
 
 def _check_sequence(cursor: Cursor, lines: torch.Tensor) -> RowId:

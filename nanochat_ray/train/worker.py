@@ -3,11 +3,15 @@
 Every group of workers, the first one and each after a restart or resize, begins this way.
 """
 
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import astuple
+from functools import partial
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import ray.train
@@ -18,43 +22,72 @@ from nanochat_ray.cli import warn
 from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.bpb import evaluate_bpb
-from nanochat_ray.model.compilation import compile_for_training
+from nanochat_ray.model.compilation import COMPILED, compile_for_training
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import lr_multiplier
+from nanochat_ray.storage import is_full, retrying, storage_failed
 from nanochat_ray.stream.cursor import Cursor
 from nanochat_ray.stream.ray_stream import read_micro_batches
 from nanochat_ray.stream.rows import MicroBatch, one_epoch
-from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model
-from nanochat_ray.train.elastic import WATCH_EVERY_S, LeaveGroup, Watch, is_lost_peer, machines_of_group
+from nanochat_ray.train.cadence import checkpoint_interval_s, mean_time_between_failures_s
+from nanochat_ray.train.checkpoint import MODEL, STATE, Checkpoints, Loaded, TrainState, build_model
+from nanochat_ray.train.compile_cache import CompileCache
+from nanochat_ray.train.elastic import (
+    WATCH_EVERY_S,
+    LeaveGroup,
+    Watch,
+    is_lost_peer,
+    look_at_machines,
+    machines_of_group,
+)
 from nanochat_ray.train.events import EventLog, read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.loop import LEAVE, SAVE, Hooks, train
+from nanochat_ray.train.out_of_memory import out_of_memory_advice
+from nanochat_ray.train.restarts import why_to_give_up
+from nanochat_ray.train.saver import Saver
 from nanochat_ray.train.step import StepResult, World
+from nanochat_ray.train.watchdog import Watchdog
 
 FAILURE = "failure.json"  # why this attempt must not be restarted, written by the worker that knows
 LAST_ERROR = "last_error.json"  # what broke the last worker group
-RESTARTS_WITHOUT_PROGRESS = 2  # lost machines may restart a run for ever, a bug must not
+WAITED = "waited.json"  # for how long there were too few machines for the group that now begins
 LEAVE_MARGIN = 1.5  # of the time that the last step and its checkpoint should take, before a machine goes
 PEAK_AFTER_STEPS = 2  # by then the other processes of a group have started and left the cores alone
 
 
+def load() -> None:
+    """What a process does that will be a worker, maybe much later: it has imported this module, and so all libraries."""
+
+
 def train_on_worker(config: dict[str, Any]) -> None:
+    entered = time.time()
     job: TrainingJob = config["job"]
     if reported_failure(job) is not None:
         return  # a restart cannot help; the driver will say why
     try:
-        _Worker(job, config["most"], config["per_worker"]).run()
+        _Worker(job, config["most"], config["per_worker"]).run(entered)
     except LeaveGroup:
         raise  # Ray Train starts the next group; not an error of ours
     except UserError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a data task raised, with its remote traceback
-        report_failure(job, str(cause))
-        if dist.is_initialized():
-            dist.destroy_process_group()  # so that workers waiting in a collective stop waiting
+        _end_run(job, str(cause))
     except Exception as error:
+        advice = out_of_memory_advice(error, job.plan)
+        if isinstance(error, OSError) and is_full(error):
+            advice = str(storage_failed(job.stage, error))
+        if advice is not None and not isinstance(error, ray.exceptions.RayError):  # of a task, another try may help
+            _end_run(job, advice)
+            return
         if not is_lost_peer(error):
-            _report(job, LAST_ERROR, f"{type(error).__name__}: {error}")
+            _report(job, LAST_ERROR, advice or f"{type(error).__name__}: {error}")
         raise
+
+
+def _end_run(job: TrainingJob, message: str) -> None:
+    report_failure(job, message)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # so that workers waiting in a collective stop waiting
 
 
 class _Worker:
@@ -68,26 +101,40 @@ class _Worker:
         self.world = World(context.get_world_rank(), context.get_world_size(), device)
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        self.state = job.saved_state() or TrainState(job.plan, Cursor(job.identity), initial_model=job.initial_digest)
+        hear = warn if self.world.rank == 0 else _ignore  # all see the same damage
+        loaded = retrying(lambda: job.load(hear), job.stage, hear)
+        begin = TrainState(job.plan, Cursor(job.identity), initial_model=job.initial_digest)
+        self.state = begin if loaded is None else loaded.state
         self.model = build_model(job.plan).to(self.world.device).set_dtype(self.dtype)
         self.optimizer = build_optimizer(self.model, job.plan.rates, self.dtype)
-        self._load()
+        self._take_over(loaded)
+        del loaded  # its memory, before training needs it
         self.peak_flops: float | None = None
         wanted = {"auto": None, "on": True, "off": False}[job.compile]
         self.losses, self.mode = compile_for_training(self.model, wanted, job.plan.flops)  # of all steps: also resumed
         self.validation: list[MicroBatch] | None = None
         self.events: EventLog | None = None
-        self.save_seconds = 0.0  # of the last checkpoint
+        self.saver: Saver | None = None
+        self.save_seconds = 0.0  # of the last checkpoint, until it was committed
+        self.stalls_s: deque[float] = deque(maxlen=5)  # of the last ones: for how long training stood still
+        self.mtbf_s = 0.0
         self.step_seconds = 0.0  # of the last step
-        machines = machines_of_group()
-        self.watch = Watch(machines, self.world.size, most, per_worker) if self.world.rank == 0 else None
+        self.kernels: CompileCache | None = None
+        if self.mode == COMPILED:
+            self.kernels = CompileCache.open(job.stage, job.plan, self.model.device, self.dtype)
+        self.watchdog = Watchdog(
+            job.stage, self.world.rank, self.state.cursor.step, partial(_report, job, LAST_ERROR), job.patience
+        )
+        self.machines = machines_of_group()
+        self.watch = Watch(self.machines, self.world.size, most, per_worker) if self.world.rank == 0 else None
 
-    def run(self) -> None:
+    def run(self, entered: float) -> None:
         job, world, first_step = self.job, self.world, self.state.cursor.step
         if world.rank == 0:
             self._require_progress()
-            Checkpoints.of(job.stage).delete_after(first_step)
-            self.events = EventLog(job.stage, first_step)
+            self.events = retrying(self._open_stage, job.stage, warn)
+            checkpoints = Checkpoints.of(job.stage)
+            self.saver = Saver(checkpoints, job.keep_checkpoints, first_step, self.events.flush, job.fence)
             self.events.append(
                 "start",
                 step=first_step,
@@ -97,53 +144,78 @@ class _Worker:
                 mode=self.mode,
                 threads=torch.get_num_threads(),
                 attempt=job.attempt,
+                attempt_began=job.attempt_began,
+                entered=round(entered, 3),
+                waited_for_capacity_s=float(_reported(job, WAITED) or 0),
+                machines=sorted(self.machines),
             )
+            self.events.flush()  # `_require_progress` of the next group counts it
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None, "the trainer was given a dataset"
         stream = _endless(read_micro_batches(shard, job.plan.micro_batch_rows))
-        hooks = Hooks(self._evaluate, self._save, self._log_step, self._request, self._leave)
+        hooks = Hooks(self._evaluate, self._save, self._log_step, self._leave, self._request, self._checkpoint_every_s)
         if self.watch is not None:
             self.watch.start()
+        self.watchdog.start()
         try:
             state = train(self.state, self._summed_loss, self.optimizer, stream, world, job.cadence, hooks)
         finally:
+            self.watchdog.stop()
             if self.watch is not None:
                 self.watch.stop()
+        self._log_saved(wait=True)
         if self.events is not None:
             self.events.append("finish", step=state.cursor.step, tokens=state.cursor.tokens)
             self.events.close()
 
     def _require_progress(self) -> None:
         """Machines may be lost for ever without an end to the run; a mistake that repeats itself ends it."""
-        error = _reported(self.job, LAST_ERROR)
-        if error is None:
-            return
-        starts = [event for event in read_events(self.job.stage) if event.get("attempt") == self.job.attempt]
-        in_vain = [event for event in starts if event["step"] == self.state.cursor.step]
-        if len(in_vain) > RESTARTS_WITHOUT_PROGRESS:
-            raise UserError(
-                f"the workers failed {len(in_vain)} times at step {self.state.cursor.step}; the last error: {error}"
-            )
+        job, step, error = self.job, self.state.cursor.step, _reported(self.job, LAST_ERROR)
+        why = why_to_give_up(
+            read_events(job.stage), job.attempt, step, error, lambda: look_at_machines().usable.keys(), job.plan
+        )
+        if why is not None:
+            raise UserError(why)
 
-    def _load(self) -> None:
-        checkpoints, step = Checkpoints.of(self.job.stage), self.state.cursor.step
-        if step > 0:
-            self.model.load_state_dict(checkpoints.model(step))
-            self.optimizer.load_state_dict(checkpoints.optimizer(step))
+    def _open_stage(self) -> EventLog:
+        """Rid of all that lies beyond the step from which this group goes on.
+
+        Raises:
+            LeaveGroup: a checkpoint was damaged in a way that only reading all of it shows; the driver does not do
+                that, and has planned the stream from there. It is gone now, so that the next group begins as planned.
+        """
+        job, step = self.job, self.state.cursor.step
+        if job.fence is not None:
+            job.fence.require_current()
+        checkpoints = Checkpoints.of(job.stage)
+        planned_step = checkpoints.newest_whole(_ignore) or 0
+        checkpoints.delete_after(step)
+        if planned_step != step:
+            raise LeaveGroup
+        if job.cadence.checkpoint_every_s is None:
+            self.mtbf_s = mean_time_between_failures_s(read_events(job.stage))
+        return EventLog(job.stage, step)
+
+    def _take_over(self, loaded: Loaded | None) -> None:
+        if loaded is not None:
+            self.model.load_state_dict(loaded.model)
+            self.optimizer.load_state_dict(loaded.optimizer)
         elif self.job.initial_model is not None:
             base = Checkpoints.of(self.job.initial_model)
-            base_step = base.newest_valid(warn)
-            assert base_step is not None, "the job checked that the initial model is there"
-            self.model.load_state_dict(base.model(base_step))
+            initial = retrying(lambda: base.load(warn, (MODEL, STATE)), base.folder, warn)
+            assert initial is not None, "the job checked that the initial model is there"
+            self.model.load_state_dict(initial.model)
 
     def _summed_loss(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return self.losses(inputs_BT, targets_BT, reduction="sum")
 
     def _token_losses(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        self.watchdog.beat()  # an evaluation may take longer than any step
         return self.model(inputs_BT, targets_BT, reduction="none").view_as(targets_BT)
 
     def _evaluate(self, step: int) -> float:
         job, world = self.job, self.world
+        began = time.monotonic()
         if self.validation is None:
             plan = job.plan
             once = one_epoch(job.source, job.validation_units, plan.micro_batch_rows, plan.seed)
@@ -151,21 +223,45 @@ class _Worker:
         self.model.eval()
         bpb = evaluate_bpb(self._token_losses, self.validation, job.tokenizer.token_bytes(), world.device, world.sum)
         self.model.train()
+        self.watchdog.beat()
         if self.events is not None:
-            self.events.append("eval", step=step, val_bpb=bpb)
+            self.events.append("eval", step=step, val_bpb=bpb, seconds=round(time.monotonic() - began, 4))
         return bpb
 
     def _save(self, state: TrainState) -> None:
-        optimizer_state = self.optimizer.state_dict()  # collective: every worker sends its part to worker 0
-        if self.events is None:
-            return
-        checkpoints = Checkpoints.of(self.job.stage)
+        if state.cursor.step == self.job.plan.steps:
+            self.watchdog.stop()  # only worker 0 waits for the last one, as long as the storage takes
+        self.watchdog.beat()
         began = time.monotonic()
-        size = checkpoints.save(state, self.model.state_dict(), optimizer_state)
-        checkpoints.prune(self.job.keep_checkpoints)
-        self.save_seconds = time.monotonic() - began
-        self.events.append("checkpoint", step=state.cursor.step, bytes=size, seconds=round(self.save_seconds, 4))
-        self.events.flush()
+        optimizer_state = self.optimizer.state_dict()  # collective: every worker sends its part to worker 0
+        if self.saver is not None:
+            self.saver.save(state, self.model.state_dict(), optimizer_state, began)
+
+    def _log_saved(self, wait: bool = False) -> None:
+        """Events of the checkpoints that were committed since the last call; `wait`: of all."""
+        if self.saver is None or self.events is None:
+            return
+        if wait:
+            self.saver.wait()
+        for saved in self.saver.finished():
+            self.save_seconds = saved.seconds
+            self.stalls_s.append(saved.stall_s)
+            self.events.append(
+                "checkpoint",
+                step=saved.step,
+                bytes=saved.bytes,
+                stall_s=round(saved.stall_s, 4),
+                seconds=round(saved.seconds, 4),
+            )
+
+    def _checkpoint_every_s(self) -> float:
+        assert self.saver is not None, "only worker 0 is asked"
+        given = self.job.cadence.checkpoint_every_s
+        if self.saver.busy and given != 0:
+            return math.inf
+        if given is not None:
+            return given
+        return checkpoint_interval_s(median(self.stalls_s) if self.stalls_s else None, self.mtbf_s)
 
     def _request(self) -> int:
         """Save at a notice, and again at the last moment; leave then, or when more workers could take part."""
@@ -174,12 +270,16 @@ class _Worker:
         request = SAVE if watch.take_notice() else 0
         last_moment = None
         if watch.deadline is not None:
-            last_moment = watch.deadline - LEAVE_MARGIN * (self.save_seconds + 2 * self.step_seconds) - WATCH_EVERY_S
+            saves = 2 if self.saver is not None and self.saver.busy else 1  # the one before has to be done first
+            needed_s = saves * self.save_seconds + 2 * self.step_seconds
+            last_moment = watch.deadline - LEAVE_MARGIN * needed_s - WATCH_EVERY_S
         if watch.may_grow or (last_moment is not None and time.time() >= last_moment):
             request |= SAVE | LEAVE
         return request
 
     def _leave(self) -> None:
+        self.watchdog.stop()  # worker 0 may take long to save
+        self._log_saved(wait=True)
         self.world.sum(torch.zeros(1))  # nobody leaves before worker 0 has saved: Ray ends a group at its first error
         if self.events is not None:
             self.events.append("leave", step=self.optimizer.steps, workers=self.world.size)
@@ -187,10 +287,14 @@ class _Worker:
         raise LeaveGroup
 
     def _log_step(self, result: StepResult, state: TrainState, seconds: float) -> None:
+        self.watchdog.step_ended(result.step)
         if self.events is None:
             return
+        if self.kernels is not None and result.step == self.state.cursor.step:
+            self.kernels.keep()  # forward and backward are compiled now
         plan = self.job.plan
         self.step_seconds = seconds
+        self._log_saved()
         flops_per_s = plan.flops_per_token * plan.batch_tokens / seconds
         if result.step == self.state.cursor.step + PEAK_AFTER_STEPS:
             self.peak_flops = gemm_peak(self.world.device, self.dtype) * self.world.size
@@ -212,9 +316,18 @@ class _Worker:
         )
 
 
+def _ignore(message: str) -> None:
+    """For what another has said already."""
+
+
 def _endless(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     yield from batches
     raise RuntimeError("the planned unit visits are used up; the worker group restarts and plans the next ones")
+
+
+def note_wait(job: TrainingJob, seconds: float) -> None:
+    """Tell the next group for how long there were too few machines for it."""
+    _report(job, WAITED, f"{seconds:.3f}")
 
 
 def report_failure(job: TrainingJob, message: str) -> None:
@@ -228,12 +341,14 @@ def reported_failure(job: TrainingJob) -> str | None:
 
 
 def _report(job: TrainingJob, name: str, message: str) -> None:
-    job.stage.write_json(name, {"attempt": job.attempt, "message": message})
+    report = {"attempt": job.attempt, "message": message}
+    retrying(lambda: job.stage.write_json(name, report), job.stage, warn)
 
 
 def _reported(job: TrainingJob, name: str) -> str | None:
     """What this attempt left in a file; an earlier one that was killed may have left it there, too."""
-    if not job.stage.exists(name):
+    try:
+        report = retrying(lambda: job.stage.read_json(name), job.stage, warn)
+    except FileNotFoundError:
         return None
-    report = job.stage.read_json(name)
     return report["message"] if report["attempt"] == job.attempt else None

@@ -1,9 +1,11 @@
-"""A Ray cluster whose machines come and go: a process of its own, told by lines on its standard input.
+"""RAY SHELL: a simulated Ray cluster whose machines come and go, for benchmarks and tests of elastic training.
+
+A process of its own, told by lines on its standard input:
 
     with spot_cluster(machines=2) as cluster:
         cluster.drain(cluster.machines[0], notice_s=8); cluster.kill(cluster.machines[1]); cluster.add()
 
-In a process of its own, because two clusters in one are trouble, and Ray adds nodes from a main thread only.
+It is a process of its own, because two clusters in one are trouble, and Ray adds nodes from a main thread only.
 
 The head has no CPU, as in cluster/aws-spot.yaml; a machine has two, so that one worker and the task that reads its data
 fit. `RAY_…` settings and a random token are in `cluster.environment`, for whoever joins.
@@ -22,16 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]  # where jobs/ lies
 STORE_BYTES = 100 << 20
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_prestart_worker_first_driver": "0",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
 }
@@ -79,7 +82,7 @@ class SpotCluster:
 def spot_cluster(machines: int) -> Iterator[SpotCluster]:
     with tempfile.TemporaryDirectory(prefix="nm", dir="/tmp") as folder:  # short: it becomes part of socket names
         environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
-        command = [sys.executable, "-m", "tests.spot_cluster"]
+        command = [sys.executable, "-m", "nanochat_ray.bench.spot_cluster"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
             cluster = SpotCluster(process, environment)
