@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     from nanochat_ray.cluster import connect
     from nanochat_ray.data.corpus import open_corpus
+    from nanochat_ray.stream import ray_stream
     from nanochat_ray.stream.rows import PretrainingRows
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.job import TrainingJob, training_figures
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         validation_units=corpus.validation,
         corpus_fingerprint=corpus.fingerprint,
     )
-    with connect(args.address, workers[1]) as cluster:
+    with connect(args.address, workers[1], ray_stream.load) as cluster:
         print(f"{cluster.describe()}; corpus {corpus.name}: {len(corpus.train):,} units")
         unchanged = not run_training(job, cluster, workers, args.fresh)
     return {**training_figures(base), "unchanged": unchanged, "artifacts": {"base": str(base)}}

@@ -58,10 +58,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             return {"plan": plan.to_dict()}
 
         from nanochat_ray.cluster import connect
+        from nanochat_ray.stream import ray_stream
         from nanochat_ray.train.job import TrainingJob, training_figures
         from nanochat_ray.train.ray_trainer import require_workers, run_training
 
-        with connect(args.address, workers[1]) as cluster:
+        with connect(args.address, workers[1], ray_stream.load) as cluster:
             require_workers(cluster, workers)
             if args.fresh:
                 clear_stage(stage)

@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.cluster import connect
+    from nanochat_ray.stream import ray_stream
 
     cli.parse_workers(args.workers)
     if args.plan_only:
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         require_free_port(args.port)
     figures: dict[str, Any] = {}
     began = time.monotonic()
-    with connect(args.address, cli.parse_workers(args.workers)[1]):
+    with connect(args.address, cli.parse_workers(args.workers)[1], ray_stream.load):
         for number, stage in enumerate(STAGES, 1):
             print(
                 f"\n━━ {number}/{len(STAGES)} {stage} ━━ python -m jobs.{stage} {' '.join(_argv(stage, args))}",

@@ -5,13 +5,16 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+
+# A private name: the public way, `worker_process_setup_hook`, gives actors with another hook no way to replace it.
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from nanochat_ray.errors import UserError
 
@@ -58,11 +61,14 @@ class Cluster:
 
 
 @contextmanager
-def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
+def connect(address: str | None, workers: int = 1, preload: Callable[[], None] | None = None) -> Iterator[Cluster]:
     """Join the cluster at `address` (or the one this job was submitted to), or start a local one for `workers`.
 
     A local cluster obeys only its own processes, gets as many logical CPUs as the workers and the data pipeline want,
     and ends with the block. A cluster that was there before is left as it was.
+
+    Args:
+        preload: for `preloading`, in each process of the job on a cluster that was there before.
 
     Raises:
         UserError: no cluster answers at the address, or the machine is too small for so many workers.
@@ -75,7 +81,7 @@ def connect(address: str | None, workers: int = 1) -> Iterator[Cluster]:
     if address is None and not submitted:
         _start_local(workers)
     else:
-        _join(address)
+        _join(address, preload)
     try:
         with _signals_interrupt():
             yield _describe()
@@ -124,8 +130,17 @@ def _start_local(workers: int) -> None:
     )
 
 
-def _join(address: str | None) -> None:
-    runtime_env: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in _WORKER_ENVIRONMENT}}
+def preloading(function: Callable[[], None]) -> dict[str, Any]:
+    """A runtime environment whose processes call a function of a module before they have anything else to do.
+
+    The module and all that it imports are there, then, when the process becomes an actor.
+    """
+    return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{function.__module__}.{function.__name__}"}}
+
+
+def _join(address: str | None, preload: Callable[[], None] | None) -> None:
+    runtime_env = preloading(preload) if preload else {"env_vars": {}}
+    runtime_env["env_vars"] |= {name: os.environ[name] for name in _WORKER_ENVIRONMENT}
     if address is not None:  # else `ray job submit` has uploaded the code
         runtime_env |= {"working_dir": str(Path(__file__).parents[1]), "excludes": [".venv", "out"]}
     try:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from cluster import cloud_notices, notice_watcher
 from cluster.cloud_notices import Aws, Azure, Gcp, MetadataError, Notice
 from cluster.notice_watcher import WatcherError, watch
-from tests.metadata_servers import AwsService, AzureService, GcpService, serving
 from nanochat_ray.bench.spot_cluster import spot_cluster
+from tests.metadata_servers import AwsService, AzureService, GcpService, serving
 
 ROOT = Path(__file__).parents[1]
 POLL_S = 0.02

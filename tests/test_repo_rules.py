@@ -36,6 +36,7 @@ RAY_SHELLS = {
     "nanochat_ray/stream/ray_stream.py",
     "nanochat_ray/train/elastic.py",
     "nanochat_ray/train/ray_trainer.py",
+    "nanochat_ray/train/spares.py",
     "nanochat_ray/train/worker.py",
     "nanochat_ray/serve/app.py",
 }

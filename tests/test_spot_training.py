@@ -8,6 +8,7 @@ import pytest
 
 from jobs import tokenizer
 from nanochat_ray import cli
+from nanochat_ray.bench.spot_cluster import ROOT, SpotCluster, spot_cluster
 from nanochat_ray.data.corpus import open_corpus
 from nanochat_ray.storage import Folder, run_folder
 from nanochat_ray.stream.cursor import RowId
@@ -15,7 +16,6 @@ from nanochat_ray.stream.rows import PretrainingRows, micro_batches, stream_hash
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.events import read_events
 from tests.small_corpus import write_corpus
-from nanochat_ray.bench.spot_cluster import ROOT, SpotCluster, spot_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -25,6 +25,10 @@ NOTICE_S = 12.0
 CHECKPOINT_EVERY_S = 5.0
 STEPS_BETWEEN = 10  # so that the new group is at work, not only begun
 RUN = "spot"
+TINY = (
+    "--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 6144 "
+    "--steps 30000 --eval-every 30000 --eval-tokens 3072"
+)
 
 
 def measure_recovery(corpus: str, repeats: int) -> dict[str, Any]:
@@ -67,8 +71,7 @@ def prepared_run(cluster: SpotCluster, folder: str, corpus: str, flags: list[str
     tokenizer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if tokenizer.returncode != 0:
         raise UserError(f"no tokenizer could be trained: {tokenizer.stderr.strip()}")
-    shape = "--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 6144 --steps 100000 --eval-every 100000 --eval-tokens 3072"
-    flags = [*where, *shape.split(), "--compile", "off", "--workers", "1:2", *flags]
+    flags = [*where, *TINY.split(), "--compile", "off", "--workers", "1:2", *flags]
     return SpotRun(cluster, "pretrain", run_folder(folder, RUN) / "base", flags)
 
 

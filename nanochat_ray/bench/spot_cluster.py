@@ -83,7 +83,7 @@ def spot_cluster(machines: int) -> Iterator[SpotCluster]:
     with tempfile.TemporaryDirectory(prefix="nm", dir="/tmp") as folder:  # short: it becomes part of socket names
         environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
         command = [sys.executable, "-m", "nanochat_ray.bench.spot_cluster"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
             cluster = SpotCluster(process, environment)
             try:
@@ -100,7 +100,7 @@ def spot_cluster(machines: int) -> Iterator[SpotCluster]:
 def main() -> None:
     import ray
     from ray._private.state import state
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.cluster_utils import Cluster
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -127,7 +127,7 @@ def main() -> None:
             assert accepted, why
         elif order["do"] == "occupy":
             here = NodeAffinitySchedulingStrategy(order["machine"], soft=False)
-            busy.append(Busy.options(scheduling_strategy=here).remote())
+            busy.append(Busy.options(scheduling_strategy=here).remote())  # type: ignore[attr-defined]
             ray.get(busy[-1].ready.remote())
         elif order["do"] == "list":
             answer["draining"] = state.get_draining_nodes()

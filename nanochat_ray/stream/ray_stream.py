@@ -2,18 +2,26 @@
 
 Units are read, tokenized and packed by tasks anywhere in the cluster, ahead of the trainers, with Ray Data's
 back-pressure. Three things together keep the order (tests/test_ray_stream.py leans on all of them):
-- one input block per unit and `batch_size=1`: larger batches are coalesced and lose the unit's boundary;
+- one task per unit, which learns from its number which one: larger batches are coalesced and lose the boundary;
 - `repartition(strict=True)` to exactly one micro-batch per block, carrying remainders from unit to unit;
 - `preserve_order`, and Ray Train's equal split, which deals block j to worker j mod W.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
-from ray.data import Dataset, ExecutionOptions
+from ray.data import DataContext, Dataset, ExecutionOptions
+
+# Private, for `_equal_blocks` and the number of a task; the version is pinned and tests hold them.
+from ray.data._internal.execution.interfaces.task_context import TaskContext
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators.from_operators import FromItems
+from ray.data._internal.stats import DatasetStats
+from ray.data.block import BlockMetadataWithSchema
+from ray.data.dataset import MaterializedDataset
 from ray.train import DataConfig
 
 from nanochat_ray.data.corpus import Unit
@@ -27,6 +35,10 @@ BYTES_PER_TOKEN_MARGIN = 16
 SPARE_BYTES = 2**21
 
 
+def load() -> None:
+    """For `cluster.preloading`: a process that has this module is ready to read, tokenize, pack and hand out."""
+
+
 def micro_batch_dataset(
     source: RowSource,
     units: Sequence[Unit],
@@ -37,19 +49,35 @@ def micro_batch_dataset(
     cpus_per_task: float,
 ) -> Dataset:
     """A Ray dataset whose j-th block is the j-th micro-batch from `start` on; long enough for `tokens` tokens."""
-    source_ref = ray.put(source)  # once for all tasks: it carries the tokenizer
+    visits = _enough_visits(units, start, seed, tokens)
+    plan = ray.put((source, tuple(units), np.array(visits)))  # once for all tasks: the source carries the tokenizer
 
-    def read_tokenize_pack(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        visit = Visit(*(int(item[name][0]) for name in Visit._fields))
-        unit = Unit(str(item["shard"][0]), *(int(item[name][0]) for name in ("row_group", "documents", "bytes")))
-        return visit_rows(ray.get(source_ref), unit, visit, seed)
+    def read_tokenize_pack(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        source, units, visits = ray.get(plan)
+        context = TaskContext.get_current()
+        assert context is not None, "Ray Data numbers its tasks"
+        visit = Visit(*visits[context.task_idx].tolist())
+        return visit_rows(source, units[visit.unit], visit, seed)
 
-    items = [{**visit._asdict(), **asdict(units[visit.unit])} for visit in _enough_visits(units, start, seed, tokens)]
     return (
-        ray.data.from_items(items, override_num_blocks=len(items))
+        _equal_blocks(len(visits))
         .map_batches(read_tokenize_pack, batch_size=1, num_cpus=cpus_per_task)
         .repartition(target_num_rows_per_block=micro_batch_rows, strict=True)
     )
+
+
+def _equal_blocks(number: int) -> Dataset:
+    """A dataset of so many blocks that are one and the same object, for tasks that only need their number.
+
+    `ray.data.from_items` stores an object for each, which takes 8 ms: minutes for the units of a long run, at every
+    restart. So this makes the same dataset by the same private classes.
+    """
+    block = pa.table({"item": [0]})
+    reference: Any = ray.put(block)
+    facts = BlockMetadataWithSchema.from_block(block)
+    context = DataContext.get_current().copy()
+    plan = LogicalPlan(FromItems([reference] * number, [facts] * number), context)
+    return MaterializedDataset(plan, context, DatasetStats(metadata={"FromItems": [facts]}, parent=None))
 
 
 def _enough_visits(units: Sequence[Unit], start: RowId, seed: int, tokens: int) -> list[Visit]:

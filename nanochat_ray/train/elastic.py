@@ -25,14 +25,15 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
 from nanochat_ray.cli import warn
-from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
+from nanochat_ray.train.spares import BESIDE_CONTROLLER, ask_for_spares
 
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
 STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them would cost a restart each
 SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
 GLANCE_EVERY_S = 0.05
-SPARES_AFTER_S = 4.0  # of a group's first seconds, which want the cores themselves
+SPARES_AFTER_S = 12.0  # a group's first seconds want the cores, and its last helpers the spares, themselves
+SPARES_EVERY_S = 8.0  # a machine that is slow to start some would start more when asked again
 CPUS_PER_DATA_TASK = 0.5
 
 
@@ -179,8 +180,7 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         self._short_since: float | None = None
         self._waited_s = 0.0
         self._group: float | None = None  # when the running one began, by the controller's clock
-        self._looked_at = 0.0
-        self._spare_workers, self._spares_beside = Spares(), Spares()
+        self._next_look = 0.0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()  # an autoscaler brings machines
@@ -203,25 +203,24 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
 
     def _keep_spares(self, group: Any) -> None:
         """Processes for the next group, on the machines of this one and on others that could take part."""
-        now, here = time.monotonic(), ray.get_runtime_context().get_node_id()
-        on_machine = Counter(worker.metadata.node_id for worker in group.workers)
+        now = time.monotonic()
         if group.start_time != self._group:
-            self._group, self._looked_at = group.start_time, now + SPARES_AFTER_S
-            self._spare_workers.taken(on_machine)
-            self._spares_beside.taken({here: BESIDE_CONTROLLER})
+            self._group, self._next_look = group.start_time, now + SPARES_AFTER_S
             self._environment = ray.get(group.workers[0].execute_async(_environment_of_process))
-        if now < self._looked_at:
+        if now < self._next_look:
             return
-        self._looked_at = now + WATCH_EVERY_S
-        machines = look_at_machines()
-        places = machines.places_by_machine(self.scaling_config._resources_per_worker_not_none)
+        self._next_look = now + SPARES_EVERY_S
+        per_worker, most = self.scaling_config._resources_per_worker_not_none, self.scaling_config.max_workers
+        places = look_at_machines().places_by_machine(per_worker)
         if len(places) < 2:
             return  # one machine that loses its workers has lost all
-        most = self.scaling_config.max_workers
-        wanted = {name: max(on_machine[name], min(count, most)) for name, count in places.items()}
+        own = Counter(worker.metadata.node_id for worker in group.workers)
         nodes = {node["NodeID"]: node for node in ray.nodes()}
-        self._spare_workers.refill(nodes, wanted, self._environment)
-        self._spares_beside.refill(nodes, {here: BESIDE_CONTROLLER}, _environment_of_process())
+        for name, number in places.items():
+            if number or own[name]:
+                ask_for_spares(nodes[name], max(own[name], min(number, most)), self._environment)
+        here = ray.get_runtime_context().get_node_id()
+        ask_for_spares(nodes[here], BESIDE_CONTROLLER, _environment_of_process())
 
 
 def _environment_of_process() -> str:

@@ -14,14 +14,11 @@ from functools import partial
 from typing import Any
 
 import ray.train
-
-# A private name, but the only way to give some actors of a job a hook that others do not get; the version is pinned.
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from nanochat_ray.cli import warn
-from nanochat_ray.cluster import Cluster, require_room
+from nanochat_ray.cluster import Cluster, preloading, require_room
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
@@ -83,7 +80,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
             name=job.attempt,  # never an old name: our own checkpoints say where to go on
             storage_path=str(job.stage / "ray"),
             failure_config=FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{load.__module__}.{load.__name__}"}},
+            worker_runtime_env=preloading(load),  # type: ignore[call-arg]
         ),
     )
     try:

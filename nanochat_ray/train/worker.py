@@ -57,7 +57,7 @@ PEAK_AFTER_STEPS = 2  # by then the other processes of a group have started and 
 
 
 def load() -> None:
-    """What a process does that will be a worker, maybe much later: it has imported this module, and so all libraries."""
+    """For `cluster.preloading`: a process that has this module has all that a worker imports."""
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
