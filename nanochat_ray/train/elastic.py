@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
 from nanochat_ray.cli import warn
-from nanochat_ray.train.spares import BESIDE_CONTROLLER, ask_for_spares
+from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
 
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
@@ -33,7 +33,6 @@ STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them wo
 SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
 GLANCE_EVERY_S = 0.05
 SPARES_AFTER_S = 12.0  # a group's first seconds want the cores, and its last helpers the spares, themselves
-SPARES_EVERY_S = 8.0  # a machine that is slow to start some would start more when asked again
 CPUS_PER_DATA_TASK = 0.5
 
 
@@ -181,6 +180,7 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         self._waited_s = 0.0
         self._group: float | None = None  # when the running one began, by the controller's clock
         self._next_look = 0.0
+        self._spare_workers, self._spares_beside = Spares(), Spares()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()  # an autoscaler brings machines
@@ -203,24 +203,24 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
 
     def _keep_spares(self, group: Any) -> None:
         """Processes for the next group, on the machines of this one and on others that could take part."""
-        now = time.monotonic()
+        now, here = time.monotonic(), ray.get_runtime_context().get_node_id()
+        own = Counter(worker.metadata.node_id for worker in group.workers)
         if group.start_time != self._group:
             self._group, self._next_look = group.start_time, now + SPARES_AFTER_S
+            self._spare_workers.taken(own)
+            self._spares_beside.taken({here: BESIDE_CONTROLLER})
             self._environment = ray.get(group.workers[0].execute_async(_environment_of_process))
         if now < self._next_look:
             return
-        self._next_look = now + SPARES_EVERY_S
-        per_worker, most = self.scaling_config._resources_per_worker_not_none, self.scaling_config.max_workers
-        places = look_at_machines().places_by_machine(per_worker)
+        self._next_look = now + WATCH_EVERY_S
+        config: Any = self.scaling_config
+        places = look_at_machines().places_by_machine(config._resources_per_worker_not_none)
         if len(places) < 2:
             return  # one machine that loses its workers has lost all
-        own = Counter(worker.metadata.node_id for worker in group.workers)
-        nodes = {node["NodeID"]: node for node in ray.nodes()}
-        for name, number in places.items():
-            if number or own[name]:
-                ask_for_spares(nodes[name], max(own[name], min(number, most)), self._environment)
-        here = ray.get_runtime_context().get_node_id()
-        ask_for_spares(nodes[here], BESIDE_CONTROLLER, _environment_of_process())
+        machines = {node["NodeID"]: node for node in ray.nodes()}
+        wanted = {name: max(own[name], min(number, config.max_workers)) for name, number in places.items()}
+        self._spare_workers.refill(machines, wanted, self._environment)
+        self._spares_beside.refill(machines, {here: BESIDE_CONTROLLER}, _environment_of_process())
 
 
 def _environment_of_process() -> str:

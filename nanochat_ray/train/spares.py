@@ -6,7 +6,9 @@ some are started while training runs, and a lost machine does not wait for impor
 took the start of a worker from 6.5 s to 0.1 s.
 """
 
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -15,17 +17,49 @@ import ray
 BESIDE_CONTROLLER = 3  # Ray Train's synchronization actor and dataset manager, Ray Data's split coordinator
 KEEP_ALIVE_S = 24 * 3600  # the machine or the job ends before
 ANSWER_WITHIN_S = 2.0
+START_TAKES_S = 8.0  # a machine with few cores forgets what it is asked for while it starts another
+Machine = Mapping[str, Any]  # what `ray.nodes()` says of it
 
 
-def ask_for_spares(node: Mapping[str, Any], number: int, environment: str) -> None:
-    """See to it that a machine has so many idle processes of an environment, or begins to: ask again later.
-
-    Nothing happens when it does not answer: machines go, and a spare is only a matter of speed. The service is part of
-    Ray, a Python function for it is not. A machine of few cores starts one at a time and forgets the rest.
+class Spares:
+    """Keeps spare processes of one runtime environment; lives in the controller of a run.
 
     Args:
-        node: what `ray.nodes()` says of the machine.
-        environment: serialized, as a process of it says: `get_runtime_context().get_runtime_env_string()`.
+        start: `(machine, serialized environment)`: start one process there; whether the machine was reached.
+    """
+
+    def __init__(
+        self, start: Callable[[Machine, str], bool] | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self._start, self._clock = start or _prestart, clock
+        self._ready: Counter[str] = Counter()  # by node id: started and not yet taken
+        self._started_at: dict[str, float] = {}
+
+    def taken(self, processes: Mapping[str, int]) -> None:
+        """A group has begun with so many processes per node id; it took what was ready."""
+        for node, number in processes.items():
+            self._ready[node] = max(0, self._ready[node] - number)
+
+    def refill(self, machines: Mapping[str, Machine], wanted: Mapping[str, int], environment: str) -> None:
+        """Start one process on each machine where some are missing, but not while one is starting there.
+
+        Args:
+            machines: by node id.
+            wanted: by node id, how many should be ready.
+            environment: as a process of it says: `get_runtime_context().get_runtime_env_string()`.
+        """
+        now = self._clock()
+        for node, number in wanted.items():
+            starting = now - self._started_at.get(node, -START_TAKES_S) < START_TAKES_S
+            if self._ready[node] < number and not starting and self._start(machines[node], environment):
+                self._ready[node] += 1
+                self._started_at[node] = now
+
+
+def _prestart(machine: Machine, environment: str) -> bool:
+    """Ask a machine's raylet for one idle process. The service is part of Ray, a Python function for it is not.
+
+    False when it does not answer: machines go, and a spare is only a matter of speed.
     """
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
@@ -33,12 +67,12 @@ def ask_for_spares(node: Mapping[str, Any], number: int, environment: str) -> No
     request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         keep_alive_duration_secs=KEEP_ALIVE_S,
-        num_workers=number,
+        num_workers=1,
     )
     request.runtime_env_info.serialized_runtime_env = environment
-    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
-        raylet = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
+    with init_grpc_channel(f"{machine['NodeManagerAddress']}:{machine['NodeManagerPort']}") as channel:
         try:
-            raylet.PrestartWorkers(request, timeout=ANSWER_WITHIN_S)
+            node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_WITHIN_S)
         except grpc.RpcError:
-            return
+            return False
+    return True
