@@ -1,12 +1,14 @@
 """Measure data loading, training, decoding or recovery on this machine, each figure beside its limit or its peer.
 
 python -m jobs.bench train --corpus fineweb-edu --json
+python -m jobs.bench spot --trace trace.json --speedup 60 --minutes 10    # a real spot trace on simulated machines
 """
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
 from nanochat_ray import cli
+from nanochat_ray.errors import UsageError
 from nanochat_ray.plan import Plan, make_plan
 from nanochat_ray.storage import data_folder
 
@@ -14,33 +16,32 @@ if TYPE_CHECKING:
     from nanochat_ray.data.corpus import Corpus
     from nanochat_ray.tokenizer import Tokenizer
 
-# What is measured unless flags say otherwise, and what --quick takes instead.
 FULL = {"depth": 6, "sequence_len": 512, "vocab_size": 32768, "micro_batch_rows": 4, "steps": 9, "megabytes": 60}
 QUICK = {"depth": 2, "sequence_len": 128, "vocab_size": 1024, "micro_batch_rows": 4, "steps": 5, "megabytes": 2}
 MICRO_BATCHES = 4  # per step; a real plan has more of them for each update
 DECODE_REPEATS = {True: 2, False: 5}  # by --quick
 RECOVERY_REPEATS = {True: 1, False: 10}
+SPOT_MACHINES = 2  # at once; more simulated ones than cores would measure each other
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.build_parser("jobs.bench", __doc__, ["corpus", "shards", "storage", "dtype", "compile", "depth"])
-    parser.add_argument("what", choices=["data", "train", "decode", "recovery"], help="what to measure")
+    parser.add_argument("what", choices=["data", "train", "decode", "recovery", "spot"], help="what to measure")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, its figures say little")
-    parser.add_argument(
-        "--sequence-len", type=int, default=None, help=f"tokens of a row (default: {FULL['sequence_len']})"
-    )
-    parser.add_argument("--vocab-size", type=int, default=None, help=f"token ids (default: {FULL['vocab_size']})")
-    parser.add_argument(
-        "--micro-batch-rows", type=int, default=None, help=f"rows (default: {FULL['micro_batch_rows']})"
-    )
-    parser.add_argument("--steps", type=int, default=None, help=f"training steps per run (default: {FULL['steps']})")
-    parser.add_argument("--megabytes", type=int, default=None, help=f"text to load (default: {FULL['megabytes']})")
+    sizes = {"sequence_len": "tokens of a row", "vocab_size": "token ids", "micro_batch_rows": "rows of a micro-batch"}
+    sizes |= {"steps": "training steps per run", "megabytes": "text to load"}
+    for name, what in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{what} (default: {FULL[name]})")
+    parser.add_argument("--trace", default=None, help="of `spot`: JSON file of how many machines there were")
+    parser.add_argument("--speedup", type=float, default=60.0, help="seconds of the trace per second of `spot`")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of `spot`")
     return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    if args.what == "recovery":
-        return {"benchmark": args.what, "quick": args.quick, **_recovery(args), "artifacts": {}}
+    on_spot_machines = {"recovery": _recovery, "spot": _spot}
+    if args.what in on_spot_machines:
+        return {"benchmark": args.what, "quick": args.quick, **on_spot_machines[args.what](args), "artifacts": {}}
     sizes = {name: getattr(args, name) or value for name, value in (QUICK if args.quick else FULL).items()}
     if args.what == "decode":
         sizes["sequence_len"] *= 2  # room for a prompt of the given length and a reply
@@ -118,6 +119,22 @@ def _recovery(args: argparse.Namespace) -> dict[str, Any]:
 
     figures = measure_recovery(args.corpus, RECOVERY_REPEATS[args.quick])
     print_table("recovery: a tiny model on two simulated machines", recovery_lines(figures), figures["machine"])
+    return figures
+
+
+def _spot(args: argparse.Namespace) -> dict[str, Any]:
+    from nanochat_ray.bench.measurement import print_table
+    from nanochat_ray.bench.spot_bench import measure_spot, spot_lines
+    from nanochat_ray.plan.spot import read_trace, schedule
+
+    if args.trace is None:
+        raise UsageError(
+            "bench spot needs --trace FILE: how many machines there were, for example of SkyPilot's traces"
+        )
+    changes = schedule(read_trace(args.trace), args.speedup, args.minutes, SPOT_MACHINES)
+    figures = measure_spot(args.corpus, changes, args.minutes, SPOT_MACHINES)
+    title = f"spot: {args.minutes:g} minutes of {args.trace}, {args.speedup:g} times as fast, {SPOT_MACHINES} machines"
+    print_table(title, spot_lines(figures), figures["machine"])
     return figures
 
 

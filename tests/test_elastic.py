@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_ray.train.elastic import STEADY_FOR_S, Machines, Watch
+from nanochat_ray.train.elastic import IN_VAIN_FOR_S, STEADY_FOR_S, Machines, Watch, grew_in_vain
 
 WORKER = {"CPU": 1.0}
 GPU_WORKER = {"GPU": 1.0, "CPU": 1.0}
@@ -35,6 +35,40 @@ def cpus(**nodes):
 )
 def test_a_place_has_what_a_worker_needs_and_room_to_read_its_data(usable, per_worker, places):
     assert Machines(usable, {}).places(per_worker) == places
+
+
+@pytest.mark.parametrize(
+    ("usable", "least", "places"),
+    [
+        (cpus(a=10), 8, 8),  # comfortable for six only, but eight were asked for and one task fits
+        (cpus(a=8), 8, 7),
+        (cpus(a=2, b=2), 1, 2),
+        (cpus(a=1), 1, 0),
+    ],
+)
+def test_the_fewest_workers_may_share_room_for_one_task(usable, least, places):
+    assert Machines(usable, {}).places(WORKER, least) == places
+
+
+def test_a_group_that_grew_in_vain_has_patience():
+    events = [
+        {"kind": "start", "attempt": "a", "workers": 2},
+        {"kind": "step"},
+        {"kind": "leave", "workers": 2, "why": "growth"},
+    ]
+    assert grew_in_vain(events, "a", workers=2)
+    assert not grew_in_vain(events, "a", workers=3)
+    assert not grew_in_vain(events, "another", workers=2)
+    assert not grew_in_vain([*events[:2], {"kind": "leave", "workers": 2, "why": "notice"}], "a", workers=1)
+    assert not grew_in_vain([], "a", workers=1)
+
+    sky = Sky(cpus(a=2, b=2))
+    watch = sky.watch({"a"}, most=4)
+    watch.patient = True
+    for wait_s, grows in ((0, False), (STEADY_FOR_S, False), (IN_VAIN_FOR_S, True)):
+        sky.now += wait_s
+        watch.look()
+        assert watch.may_grow == grows
 
 
 def test_a_notice_is_taken_once_per_machine_and_the_first_deadline_counts():

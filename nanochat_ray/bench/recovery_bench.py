@@ -42,7 +42,7 @@ def measure_recovery(corpus: str, repeats: int) -> dict[str, Any]:
         UserError: the corpus cannot be used.
     """
     with tempfile.TemporaryDirectory() as folder, Watch() as watch, spot_cluster(machines=2) as cluster:
-        run = prepared_run(cluster, folder, corpus, ["--checkpoint-every", str(CHECKPOINT_EVERY_S)])
+        run = prepared_run(cluster, folder, corpus, ["--workers", "1:2", "--checkpoint-every", str(CHECKPOINT_EVERY_S)])
         observed = _Observed(run)
         observed.settle(workers=2)
         for turn in range(repeats):
@@ -71,7 +71,7 @@ def prepared_run(cluster: SpotCluster, folder: str, corpus: str, flags: list[str
     tokenizer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if tokenizer.returncode != 0:
         raise UserError(f"no tokenizer could be trained: {tokenizer.stderr.strip()}")
-    flags = [*where, *TINY.split(), "--compile", "off", "--workers", "1:2", *flags]
+    flags = [*where, *TINY.split(), "--compile", "off", *flags]
     return SpotRun(cluster, "pretrain", run_folder(folder, RUN) / "base", flags)
 
 

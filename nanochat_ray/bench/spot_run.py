@@ -35,7 +35,8 @@ class SpotRun:
         )
 
     def events(self, *kinds: str) -> list[Event]:
-        return [event for event in read_events(self.stage) if event["kind"] in kinds]
+        """Of these kinds; of all without any."""
+        return [event for event in read_events(self.stage) if not kinds or event["kind"] in kinds]
 
     def wait_for_step(self, wanted: Callable[[Event], Answer], timeout_s: float = 150.0) -> Answer:
         """What `wanted` says of the last step, once it is true.

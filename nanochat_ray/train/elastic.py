@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
 STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them would cost a restart each
+IN_VAIN_FOR_S = 600.0
 SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
 GLANCE_EVERY_S = 0.05
 SPARES_AFTER_S = 12.0  # a group's first seconds want the cores, and its last helpers the spares, themselves
@@ -122,6 +123,7 @@ class Watch:
         self._look, self._clock = look, clock
         self._noticed: set[str] = set()
         self._room_since: float | None = None
+        self.patient = False  # the last growth found no room: what is free belongs to others
         self.deadline: float | None = None  # when the first machine of the group goes, seconds since the epoch
         self.may_grow = False
         self._notice = threading.Event()
@@ -154,7 +156,8 @@ class Watch:
             self._room_since = None
         elif self._room_since is None:
             self._room_since = self._clock()
-        self.may_grow = self._room_since is not None and self._clock() - self._room_since >= STEADY_FOR_S
+        steady_for_s = IN_VAIN_FOR_S if self.patient else STEADY_FOR_S
+        self.may_grow = self._room_since is not None and self._clock() - self._room_since >= steady_for_s
 
     def _follow(self) -> None:
         while not self._stop.wait(WATCH_EVERY_S):
@@ -261,6 +264,14 @@ class ElasticTrainer(TorchTrainer):
         config: Any = self.scaling_config
         given_back = WaitUntilGivenBack(config._resources_per_worker_not_none)
         return [*super()._create_default_callbacks(), given_back]  # type: ignore[misc]
+
+
+def grew_in_vain(events: Sequence[Mapping[str, Any]], attempt: str, workers: int) -> bool:
+    """Whether the last group left in order to grow, and this one, which has just begun, is no larger."""
+    before = [event for event in events if event["kind"] in ("start", "leave")]
+    if len(before) < 2 or before[-2].get("attempt") != attempt:
+        return False
+    return before[-1].get("why") == "growth" and before[-1]["workers"] >= workers
 
 
 def machines_of_group() -> set[str]:

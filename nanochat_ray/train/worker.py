@@ -36,6 +36,7 @@ from nanochat_ray.train.elastic import (
     WATCH_EVERY_S,
     LeaveGroup,
     Watch,
+    grew_in_vain,
     is_lost_peer,
     look_at_machines,
     machines_of_group,
@@ -118,6 +119,7 @@ class _Worker:
         self.save_seconds = 0.0  # of the last checkpoint, until it was committed
         self.stalls_s: deque[float] = deque(maxlen=5)  # of the last ones: for how long training stood still
         self.mtbf_s = 0.0
+        self.stall_s = 0.0  # since the last step ended
         self.step_seconds = 0.0  # of the last step
         self.kernels: CompileCache | None = None
         if self.mode == COMPILED:
@@ -133,6 +135,8 @@ class _Worker:
         if world.rank == 0:
             self._require_progress()
             self.events = retrying(self._open_stage, job.stage, warn)
+            assert self.watch is not None
+            self.watch.patient = grew_in_vain(read_events(job.stage), job.attempt, world.size)
             checkpoints = Checkpoints.of(job.stage)
             self.saver = Saver(checkpoints, job.keep_checkpoints, first_step, self.events.flush, job.fence)
             self.events.append(
@@ -236,6 +240,7 @@ class _Worker:
         optimizer_state = self.optimizer.state_dict()  # collective: every worker sends its part to worker 0
         if self.saver is not None:
             self.saver.save(state, self.model.state_dict(), optimizer_state, began)
+            self.stall_s = time.monotonic() - began
 
     def _log_saved(self, wait: bool = False) -> None:
         """Events of the checkpoints that were committed since the last call; `wait`: of all."""
@@ -282,7 +287,8 @@ class _Worker:
         self._log_saved(wait=True)
         self.world.sum(torch.zeros(1))  # nobody leaves before worker 0 has saved: Ray ends a group at its first error
         if self.events is not None:
-            self.events.append("leave", step=self.optimizer.steps, workers=self.world.size)
+            why = "notice" if self.watch is not None and self.watch.deadline is not None else "growth"
+            self.events.append("leave", step=self.optimizer.steps, workers=self.world.size, why=why)
             self.events.close()
         raise LeaveGroup
 
@@ -311,9 +317,11 @@ class _Worker:
             workers=self.world.size,
             seconds=round(seconds, 4),
             data_wait_s=round(result.data_wait_s, 4),
+            stall_s=round(self.stall_s, 4),
             tok_per_s=round(plan.batch_tokens / seconds, 1),
             mfu=round(flops_per_s / self.peak_flops, 4) if self.peak_flops else None,
         )
+        self.stall_s = 0.0
 
 
 def _ignore(message: str) -> None:
