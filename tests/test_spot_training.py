@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 2000  # more than any test waits for
 SHAPE = f"--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 3072 --steps {STEPS}".split()
 SETTINGS = ["--eval-every", str(STEPS), "--eval-tokens", "1024", "--compile", "off", "--dtype", "fp32"]
+WORKERS_END_AFTER_S = 6.0  # their driver
 SAME = 1e-4  # relative, of losses in fp32 with different numbers of workers
 
 
@@ -38,24 +39,29 @@ def workplace(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    with spot_cluster(machines=2) as cluster:
+        yield cluster
+
+
 def pretrain(cluster: SpotCluster, root, run: str, *more: str) -> SpotRun:
     flags = ["--storage", str(root), "--run", run, "--corpus", str(root / "corpus"), *SHAPE, *SETTINGS, *more]
     return SpotRun(cluster, "pretrain", run_folder(str(root), run) / "base", flags)
 
 
-def test_a_notice_costs_no_step_and_a_new_machine_takes_part(workplace):
-    with spot_cluster(machines=2) as cluster:
-        training = pretrain(cluster, workplace, "noticed", "--workers", "1:2", "--checkpoint-every", "1000")
-        training.wait_for_step(lambda step: step["workers"] == 2 and step["step"] >= 5)
-        noticed = cluster.machines[0]
-        deadline = cluster.drain(noticed, notice_s=10)
-        training.wait_for_step(lambda step: step["workers"] == 1)
-        assert training.events("leave")[0]["time"] <= deadline
-        time.sleep(max(0.0, deadline - time.time()))
-        cluster.kill(noticed)
-        cluster.add()
-        training.wait_for_step(lambda step: step["workers"] == 2)
-        assert "interrupted" in training.interrupt()
+def test_a_notice_costs_no_step_and_a_new_machine_takes_part(cluster, workplace):
+    training = pretrain(cluster, workplace, "noticed", "--workers", "1:2", "--checkpoint-every", "1000")
+    training.wait_for_step(lambda step: step["workers"] == 2 and step["step"] >= 5)
+    noticed = cluster.machines[0]
+    deadline = cluster.drain(noticed, notice_s=10)
+    training.wait_for_step(lambda step: step["workers"] == 1)
+    assert training.events("leave")[0]["time"] <= deadline
+    time.sleep(max(0.0, deadline - time.time()))
+    cluster.kill(noticed)
+    cluster.add()
+    training.wait_for_step(lambda step: step["workers"] == 2)
+    assert "interrupted" in training.interrupt()
 
     groups = training.events("start")
     assert [group["workers"] for group in groups] == [2, 1, 2]
@@ -64,21 +70,21 @@ def test_a_notice_costs_no_step_and_a_new_machine_takes_part(workplace):
     require_undisturbed_history(workplace, "noticed", training)
 
 
-def test_killed_machines_a_killed_driver_and_a_damaged_checkpoint_leave_one_history(workplace):
+def test_killed_machines_a_killed_driver_and_a_damaged_checkpoint_leave_one_history(cluster, workplace):
     flags = ["killed", "--workers", "1:2", "--checkpoint-every", "1"]
-    with spot_cluster(machines=2) as cluster:
-        training = pretrain(cluster, workplace, *flags)
-        training.wait_for_step(lambda step: step["workers"] == 2 and len(training.events("checkpoint")) >= 2)
-        cluster.kill(cluster.machines[0])
-        training.wait_for_step(lambda step: step["workers"] == 1 and len(training.events("checkpoint")) >= 4)
-        training.kill()
-        checkpoints = Checkpoints.of(training.stage)
-        newest = checkpoints.steps()[-1]
-        damage(checkpoints.folder / f"step_{newest:06d}")
-        cluster.add()
-        training = pretrain(cluster, workplace, *flags)
-        training.wait_for_step(lambda step: step["workers"] == 2)
-        assert f"step_{newest:06d} is damaged" in training.interrupt()
+    training = pretrain(cluster, workplace, *flags)
+    training.wait_for_step(lambda step: step["workers"] == 2 and len(training.events("checkpoint")) >= 2)
+    cluster.kill(cluster.machines[0])
+    training.wait_for_step(lambda step: step["workers"] == 1 and len(training.events("checkpoint")) >= 4)
+    training.kill()
+    time.sleep(WORKERS_END_AFTER_S)  # else one of them may still write a newer checkpoint than the damaged one
+    checkpoints = Checkpoints.of(training.stage)
+    newest = checkpoints.steps()[-1]
+    damage(checkpoints.folder / f"step_{newest:06d}")
+    cluster.add()
+    training = pretrain(cluster, workplace, *flags)
+    training.wait_for_step(lambda step: step["workers"] == 2)
+    assert f"step_{newest:06d} is damaged" in training.interrupt()
 
     assert Ledger(training.events()).steps_lost > 0
     require_undisturbed_history(workplace, "killed", training)

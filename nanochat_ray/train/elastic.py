@@ -21,6 +21,7 @@ import torch.distributed as dist
 # scaling policy and callbacks of the controller. The version is pinned and tests hold them.
 from ray._private.state import available_resources_per_node
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
@@ -262,8 +263,10 @@ class ElasticTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         config: Any = self.scaling_config
-        given_back = WaitUntilGivenBack(config._resources_per_worker_not_none)
-        return [*super()._create_default_callbacks(), given_back]  # type: ignore[misc]
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        # Its process cleans up after a controller that was killed. Ray does that by itself when an actor ends.
+        needed = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*needed, WaitUntilGivenBack(config._resources_per_worker_not_none)]
 
 
 def grew_in_vain(events: Sequence[Mapping[str, Any]], attempt: str, workers: int) -> bool:
