@@ -120,15 +120,14 @@ def test_any_step_can_be_looked_at(calm, workplace, capsys):
     assert cli.run(data.main, data.build_parser(), [*flags, "--show-step", "30"]) == 2
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_draws_the_same_loss_curve(workplace, calm, workers):
-    folder = new_run(workplace, f"workers{workers}")
-    assert pretrain_run(workplace, f"workers{workers}", "--workers", str(workers)) == 0
-    assert {event["workers"] for event in steps_of(folder)} == {workers}
+def test_two_workers_draw_the_same_loss_curve(workplace, calm):
+    folder = new_run(workplace, "two")
+    assert pretrain_run(workplace, "two", "--workers", "2") == 0
+    assert {event["workers"] for event in steps_of(folder)} == {2}
     assert_same_history(folder, calm)
 
 
-def test_a_killed_run_goes_on_when_the_same_command_is_given_again(workplace, calm):
+def test_a_killed_run_goes_on_with_three_workers_when_the_command_is_given_again(workplace, calm):
     folder = new_run(workplace, "killed")
     command = [sys.executable, "-m", "jobs.pretrain", *flags_of(workplace, "killed"), "--checkpoint-every", "0"]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -140,7 +139,7 @@ def test_a_killed_run_goes_on_when_the_same_command_is_given_again(workplace, ca
     job.wait()
     reached = len(steps_of(folder))
     assert 7 <= reached < STEPS
-    assert pretrain_run(workplace, "killed", "--workers", "2") == 0
+    assert pretrain_run(workplace, "killed", "--workers", "3") == 0
     starts = [event["step"] for event in read_events(folder / "base") if event["kind"] == "start"]
     assert starts[0] == 0
     assert 5 <= starts[1] <= reached + 1  # one may still have been on its way, or saved but not yet logged
