@@ -21,11 +21,12 @@ PLAN = make_plan(depth=1, vocab_size=320, head_size=32, sequence_len=16, batch_t
 
 # A first step in a fresh process, as a worker begins; of a model that compiles in seconds.
 STEP = """
-import json, sys, time, torch
+import json, sys, time, torch, torch._inductor.config
 from torch._dynamo.utils import counters
 from nanochat_ray.storage import Folder
 from nanochat_ray.train.compile_cache import CompileCache
 from tests.test_compile_cache import CPU, PLAN
+torch._inductor.config.cpp_cache_precompile_headers = False  # they take longer than this one kernel
 torch.manual_seed(0)
 model = torch.nn.Linear(8, 8)
 cache = CompileCache.open(Folder.at(sys.argv[1]), PLAN, CPU, torch.float32)

@@ -11,7 +11,7 @@ from nanochat_ray.plan.record import Plan
 from nanochat_ray.plan.spot import LABELS, Costs, Trace, simulate
 
 STARTS = 24
-SOURCE = "the goals of jobs.bench recovery"  # of the standstills; its measurements belong here
+SOURCE = "measured by jobs.bench recovery on two simulated machines"
 
 
 def step_seconds(plan: Plan, hardware: Hardware, workers: int) -> float:
