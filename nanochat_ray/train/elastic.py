@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,9 @@ from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
 
 WATCH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
-STEADY_FOR_S = 2.0  # machines often come in groups; leaving for each of them would cost a restart each
+# Machines often come in groups, and leaving for each of them would cost a restart each. Meanwhile a new one loads the
+# libraries (spares.py); what it has not loaded when the group leaves, the group stands still for.
+STEADY_FOR_S = 6.0
 IN_VAIN_FOR_S = 600.0
 SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
 GLANCE_EVERY_S = 0.05
@@ -113,14 +115,14 @@ class Watch:
 
     def __init__(
         self,
-        own: set[str],
+        own: Iterable[str],
         size: int,
         most: int,
         per_worker: Mapping[str, float],
         look: Callable[[], Machines] = look_at_machines,
         clock: Callable[[], float] = time.time,
     ):
-        self._own, self._size, self._most, self._per_worker = own, size, most, per_worker
+        self._own, self._size, self._most, self._per_worker = set(own), size, most, per_worker
         self._look, self._clock = look, clock
         self._noticed: set[str] = set()
         self._room_since: float | None = None
@@ -277,14 +279,14 @@ def grew_in_vain(events: Sequence[Mapping[str, Any]], attempt: str, workers: int
     return before[-1].get("why") == "growth" and before[-1]["workers"] >= workers
 
 
-def machines_of_group() -> set[str]:
-    """The node ids of all workers. Collective."""
+def machines_of_group() -> list[str]:
+    """The node id of each worker, by rank. Collective."""
     own = ray.get_runtime_context().get_node_id()
     if not dist.is_initialized():
-        return {own}
+        return [own]
     everyone: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
-    return set(everyone)
+    return everyone
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -17,7 +17,8 @@ import ray
 BESIDE_CONTROLLER = 3  # Ray Train's synchronization actor and dataset manager, Ray Data's split coordinator
 KEEP_ALIVE_S = 24 * 3600  # the machine or the job ends before
 ANSWER_WITHIN_S = 2.0
-START_TAKES_S = 8.0  # a machine with few cores forgets what it is asked for while it starts another
+START_TAKES_S = 8.0  # a machine forgets what it is asked for while it starts as many as it can at once
+CPUS_PER_START = 4  # those that import at once leave three of four cores to training
 Machine = Mapping[str, Any]  # what `ray.nodes()` says of it
 
 
@@ -25,11 +26,11 @@ class Spares:
     """Keeps spare processes of one runtime environment; lives in the controller of a run.
 
     Args:
-        start: `(machine, serialized environment)`: start one process there; whether the machine was reached.
+        start: `(machine, serialized environment, processes)`: start them there; whether the machine was reached.
     """
 
     def __init__(
-        self, start: Callable[[Machine, str], bool] | None = None, clock: Callable[[], float] = time.monotonic
+        self, start: Callable[[Machine, str, int], bool] | None = None, clock: Callable[[], float] = time.monotonic
     ):
         self._start, self._clock = start or _prestart, clock
         self._ready: Counter[str] = Counter()  # by node id: started and not yet taken
@@ -41,7 +42,7 @@ class Spares:
             self._ready[node] = max(0, self._ready[node] - number)
 
     def refill(self, machines: Mapping[str, Machine], wanted: Mapping[str, int], environment: str) -> None:
-        """Start one process on each machine where some are missing, but not while one is starting there.
+        """Start some processes on each machine where some are missing, but not while others are starting there.
 
         Args:
             machines: by node id.
@@ -51,13 +52,15 @@ class Spares:
         now = self._clock()
         for node, number in wanted.items():
             starting = now - self._started_at.get(node, -START_TAKES_S) < START_TAKES_S
-            if self._ready[node] < number and not starting and self._start(machines[node], environment):
-                self._ready[node] += 1
+            at_once = max(1, int(machines[node]["Resources"].get("CPU", 0)) // CPUS_PER_START)
+            missing = min(number - self._ready[node], at_once)
+            if missing > 0 and not starting and self._start(machines[node], environment, missing):
+                self._ready[node] += missing
                 self._started_at[node] = now
 
 
-def _prestart(machine: Machine, environment: str) -> bool:
-    """Ask a machine's raylet for one idle process. The service is part of Ray, a Python function for it is not.
+def _prestart(machine: Machine, environment: str, processes: int) -> bool:
+    """Ask a machine's raylet for idle processes. The service is part of Ray, a Python function for it is not.
 
     False when it does not answer: machines go, and a spare is only a matter of speed.
     """
@@ -67,7 +70,7 @@ def _prestart(machine: Machine, environment: str) -> bool:
     request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         keep_alive_duration_secs=KEEP_ALIVE_S,
-        num_workers=1,
+        num_workers=processes,
     )
     request.runtime_env_info.serialized_runtime_env = environment
     with init_grpc_channel(f"{machine['NodeManagerAddress']}:{machine['NodeManagerPort']}") as channel:

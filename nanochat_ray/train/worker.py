@@ -27,8 +27,9 @@ from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import lr_multiplier
 from nanochat_ray.storage import is_full, retrying, storage_failed
 from nanochat_ray.stream.cursor import Cursor
+from nanochat_ray.stream.head_start import with_head_start
 from nanochat_ray.stream.ray_stream import read_micro_batches
-from nanochat_ray.stream.rows import MicroBatch, one_epoch
+from nanochat_ray.stream.rows import MicroBatch, micro_batches, one_epoch
 from nanochat_ray.train.cadence import checkpoint_interval_s, mean_time_between_failures_s
 from nanochat_ray.train.checkpoint import MODEL, STATE, Checkpoints, Loaded, TrainState, build_model
 from nanochat_ray.train.compile_cache import CompileCache
@@ -151,12 +152,12 @@ class _Worker:
                 attempt_began=job.attempt_began,
                 entered=round(entered, 3),
                 waited_for_capacity_s=float(_reported(job, WAITED) or 0),
-                machines=sorted(self.machines),
+                machines=self.machines,  # by rank
             )
             self.events.flush()  # `_require_progress` of the next group counts it
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None, "the trainer was given a dataset"
-        stream = _endless(read_micro_batches(shard, job.plan.micro_batch_rows))
+        stream = with_head_start(_endless(read_micro_batches(shard, job.plan.micro_batch_rows)), self._own_rows())
         hooks = Hooks(self._evaluate, self._save, self._log_step, self._leave, self._request, self._checkpoint_every_s)
         if self.watch is not None:
             self.watch.start()
@@ -171,6 +172,12 @@ class _Worker:
         if self.events is not None:
             self.events.append("finish", step=state.cursor.step, tokens=state.cursor.tokens)
             self.events.close()
+
+    def _own_rows(self) -> Iterator[MicroBatch]:
+        """This worker's micro-batches from where the group begins, made here."""
+        job, start = self.job, self.state.cursor.next_row
+        rows = micro_batches(job.source, job.train_units, job.plan.micro_batch_rows, start, job.plan.seed)
+        return islice(rows, self.world.rank, None, self.world.size)
 
     def _require_progress(self) -> None:
         """Machines may be lost for ever without an end to the run; a mistake that repeats itself ends it."""
