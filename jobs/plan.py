@@ -11,7 +11,16 @@ from nanochat_ray import cli
 from nanochat_ray.errors import UsageError
 from nanochat_ray.plan import Hardware, Plan, duration, find_hardware, make_plan, table
 from nanochat_ray.plan.hardware import NAMES
-from nanochat_ray.plan.spot import CHECKPOINT_STALL_S, GROW_S, KILL_S, NOTICE_S, NOTICED_SHARE, Costs, read_trace
+from nanochat_ray.plan.spot import (
+    CHECKPOINT_STALL_S,
+    GROW_S,
+    KILL_S,
+    NOTICE_S,
+    NOTICED_SHARE,
+    START_S,
+    Costs,
+    read_trace,
+)
 from nanochat_ray.plan.spot_printout import spot_figures, spot_table
 from nanochat_ray.train.cadence import checkpoint_interval_s
 
@@ -57,7 +66,7 @@ def _spot(args: argparse.Namespace, plan: Plan, hardware: Hardware | None) -> di
     trace, workers = read_trace(args.trace), cli.parse_workers(args.workers)
     between_losses_s = trace.at_most(workers[1]).mean_time_between_losses_s(workers[0])
     interval_s = checkpoint_interval_s(CHECKPOINT_STALL_S, between_losses_s / (1 - NOTICED_SHARE))
-    costs = Costs(NOTICE_S, KILL_S, GROW_S, NOTICED_SHARE, interval_s, CHECKPOINT_STALL_S)
+    costs = Costs(NOTICE_S, KILL_S, GROW_S, START_S, NOTICED_SHARE, interval_s, CHECKPOINT_STALL_S)
     figures = spot_figures(plan, hardware, trace, workers, costs, args.spot_price, args.on_demand_price)
     source = f"a number every {trace.gap_s:g} s for {duration(trace.seconds)}, then from the beginning"
     print(spot_table(f"\non spot machines as in {args.trace} ({source})", figures))

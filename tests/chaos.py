@@ -81,6 +81,10 @@ class Chaos:
         self.run.kill()
         time.sleep(WORKERS_END_AFTER_S)  # else one of them may still write a newer checkpoint than is seen now
 
+    def kill_head(self) -> None:
+        """The machine of the cluster's head is gone; the others find that out for themselves."""
+        self.cluster.kill_head()
+
     def corrupt_newest_checkpoint(self) -> str:
         """One bit of its weights flips; its folder's name."""
         checkpoints = Checkpoints.of(self.stage)

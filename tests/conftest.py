@@ -33,6 +33,15 @@ def ray_cluster():
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def s3_store():
+    """An S3 server, and in the environment what its clients need."""
+    from tests.s3_store import running_store
+
+    with running_store() as store:
+        yield store
+
+
 @pytest.fixture(scope="session")
 def chat_server():
     """The one chat server of the session, with a scripted model, in a process and a Ray cluster of its own."""

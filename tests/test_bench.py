@@ -78,8 +78,8 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def run_bench(what: str, corpus, capsys) -> dict:
-    flags = [what, "--quick", "--json", "--corpus", str(corpus), "--storage", str(corpus.parent), *SIZES]
+def run_bench(what: str, corpus, capsys, *more: str) -> dict:
+    flags = [what, "--quick", "--json", "--corpus", str(corpus), "--storage", str(corpus.parent), *SIZES, *more]
     assert cli.run(bench.main, bench.build_parser(), flags) == 0
     *_, table, last = capsys.readouterr().out.strip().splitlines()
     assert "cores busy with other programs" in table
@@ -113,6 +113,15 @@ def test_training_is_measured_beside_matrix_multiplication_and_with_ray(ray_clus
     memory = figures["memory"]
     assert memory["bound"] == sum(memory[part] for part in ("weights", "optimizer", "activations", "allowance"))
     assert memory["worker_peak"] > memory["weights"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_beside_steps_without_one(corpus, capsys):
+    figures = run_bench("checkpoint", corpus, capsys, "--steps", "24")
+    assert figures["checkpoints"] == 3
+    assert 0 < figures["stall_s"] < figures["saving_step_s"]
+    assert figures["saving_step_slower"] == pytest.approx(figures["saving_step_s"] / figures["step_s"] - 1, abs=0.01)
+    assert [name for name in os.listdir(corpus.parent) if name.startswith("checkpoint_bench")] == []
 
 
 @pytest.mark.slow

@@ -1,14 +1,10 @@
 """What training leaves in its storage, in a real object store: an S3 server on this machine."""
 
-import socket
 import threading
 import time
-import uuid
-from contextlib import closing
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
@@ -21,37 +17,9 @@ from tests.test_events import write_steps
 from tests.test_lease import acquire, edit_record
 
 
-class Store:
-    """An S3 server that can be stopped and started again with what it holds."""
-
-    def __init__(self):
-        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-            self.port = probe.getsockname()[1]
-        self.start()
-
-    def start(self):
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self.server.start()
-
-    def stop(self):
-        self.server.stop()
-
-
-@pytest.fixture(scope="module")
-def store():
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        store = Store()
-        yield store
-        store.stop()
-
-
 @pytest.fixture
-def stage(store):
-    uri = f"s3://{uuid.uuid4().hex}/out?endpoint_override=127.0.0.1:{store.port}&scheme=http&allow_bucket_creation=true"
-    return run_folder(uri, "demo") / "base"
+def stage(s3_store):
+    return run_folder(s3_store.new_bucket(), "demo") / "base"
 
 
 def test_checkpoints_are_saved_beside_training_pruned_and_loaded(stage):
@@ -129,20 +97,19 @@ def test_events_are_there_after_each_flush_and_go_back_with_the_run(stage):
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_for_longer_than_its_client_tries_costs_no_checkpoint_and_no_event(store, stage):
+def test_a_store_that_is_away_for_longer_than_its_client_tries_costs_no_checkpoint_and_no_event(s3_store, stage):
     warnings = []
     log = EventLog(stage, 0)
     log.append("start", step=0)
     saver = Saver(Checkpoints.of(stage), 2, 0, log.flush, warn=warnings.append)
     with Lease.acquire(stage, renew_every_s=1.0) as lease:
-        store.stop()
-        began = time.monotonic()
-        saver.save(state_at(3), some_tensors(3), some_tensors(3), began)
-        assert time.monotonic() - began < 1.0
-        threading.Timer(20.0, store.start).start()
+        s3_store.stop()
+        saver.save(state_at(3), some_tensors(3), some_tensors(3), time.monotonic())
+        assert saver.busy  # and the loop goes on
+        threading.Timer(20.0, s3_store.start).start()
         saver.wait()
         lease.fence.require_current()
-    assert 20.0 < saver.finished()[0].seconds < 60.0
+    assert saver.finished()[0].seconds > 20.0
     assert len(warnings) == 1
     assert Checkpoints.of(stage).newest_valid(pytest.fail) == 3
     assert [event["kind"] for event in read_events(stage)] == ["start"]

@@ -17,9 +17,11 @@ from nanochat_ray.plan.spot import LABELS, Costs, Trace, read_trace, schedule, s
 from nanochat_ray.plan.spot_printout import spot_figures, step_seconds
 from nanochat_ray.train.ledger import Label
 
-COSTS = Costs(notice_s=10, kill_s=15, grow_s=20, noticed_share=0.5, checkpoint_every_s=60, checkpoint_stall_s=2)
-ALWAYS_NOTICED = Costs(10, 15, 20, 1.0, math.inf, 0)
-NEVER_NOTICED = Costs(10, 15, 20, 0.0, 60, 2)
+COSTS = Costs(
+    notice_s=10, kill_s=15, grow_s=8, start_s=20, noticed_share=0.5, checkpoint_every_s=60, checkpoint_stall_s=2
+)
+ALWAYS_NOTICED = Costs(10, 15, 8, 20, 1.0, math.inf, 0)
+NEVER_NOTICED = Costs(10, 15, 8, 20, 0.0, 60, 2)
 
 
 def linear(workers: int) -> float:
@@ -37,7 +39,7 @@ def by_the_second(trace, workers, steps, step_seconds, costs, seed):
         if wanted != size:
             stall = 0
             if wanted > size:
-                still, lost = costs.grow_s, False
+                still, lost = (costs.grow_s if size else costs.start_s), False
             else:
                 lost = draw.random() >= costs.noticed_share
                 still = costs.kill_s if lost else costs.notice_s
@@ -81,7 +83,7 @@ traces = st.lists(st.integers(0, 6), min_size=1, max_size=12).map(lambda nodes: 
     st.integers(1, 3),
     st.integers(3, 5),
     st.integers(1, 60),
-    st.sampled_from([COSTS, NEVER_NOTICED, Costs(0, 0, 0, 0.3, 7, 1), Costs(250, 130, 170, 0.7, 500, 30)]),
+    st.sampled_from([COSTS, NEVER_NOTICED, Costs(0, 0, 0, 0, 0.3, 7, 1), Costs(250, 130, 90, 170, 0.7, 500, 30)]),
     st.integers(0, 5),
 )
 def test_the_simulation_is_what_happens_second_by_second(trace, least, most, steps, costs, seed):

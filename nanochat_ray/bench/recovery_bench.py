@@ -20,10 +20,12 @@ WORDS = {
     "noticed": "machine with notice: last step before it goes → next step",
     "added": "machine added → first step with it",
 }
+GOES_ON = "training goes on"
 PHASES = ("until workers begin", "build and load", "first step")
 NOTICE_S = 12.0
 CHECKPOINT_EVERY_S = 5.0
 STEPS_BETWEEN = 10  # so that the new group is at work, not only begun
+REST_S = 15.0  # between events, which come at least minutes apart; the spare processes are there again by then
 RUN = "spot"
 TINY = (
     "--depth 2 --sequence-len 128 --micro-batch-rows 4 --batch-tokens 6144 "
@@ -92,12 +94,16 @@ class _Observed:
     def note(self, kind: str, began: float | None, workers: int) -> None:
         """Wait for the group after an event at `began`; None: the standstill began when the old group left."""
         start = self.settle(workers)
-        if began is None:
-            began = self._run.events("leave")[-1]["time"]
+        left = [leave["time"] for leave in self._run.events("leave")]
+        began = left[-1] if began is None else began
         first = next(step for step in self._run.events("step") if step["time"] > start["time"])
-        ends = (began, start["entered"], start["time"], first["time"])
+        stopped = left[-1] if kind == "added" else began
+        ends = (stopped, start["entered"], start["time"], first["time"])
         phases = {phase: ends[i + 1] - ends[i] for i, phase in enumerate(PHASES)}
+        if kind == "added":
+            phases = {GOES_ON: stopped - began, **phases}
         self._standstills[kind].append({"seconds": first["time"] - began, **phases})
+        time.sleep(REST_S)
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -105,7 +111,7 @@ class _Observed:
                 "events": len(seen),
                 "median_s": median(standstill["seconds"] for standstill in seen),
                 "worst_s": max(standstill["seconds"] for standstill in seen),
-                "phases_s": {phase: median(standstill[phase] for standstill in seen) for phase in PHASES},
+                "phases_s": {phase: median(each[phase] for each in seen) for phase in seen[0] if phase != "seconds"},
             }
             for kind, seen in self._standstills.items()
         }

@@ -77,6 +77,10 @@ class SpotCluster:
         self.machines.remove(machine)
         self.tell(do="kill", machine=machine)
 
+    def kill_head(self) -> None:
+        """The same to the head, after which the cluster is good for nothing; its machines end by themselves."""
+        self.tell(do="kill_head")
+
 
 @contextmanager
 def spot_cluster(machines: int) -> Iterator[SpotCluster]:
@@ -111,6 +115,7 @@ def main() -> None:
 
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster, nodes, busy = Cluster(initialize_head=True, head_node_args=head), {}, []
+    headless = False
     cluster.connect()
     for line in sys.stdin:
         order = json.loads(line)
@@ -133,7 +138,15 @@ def main() -> None:
             answer["draining"] = state.get_draining_nodes()
         elif order["do"] == "kill":
             cluster.remove_node(nodes.pop(order["machine"]), allow_graceful=False)
+        elif order["do"] == "kill_head":
+            head_node: Any = cluster.head_node
+            head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            headless = True
         print(json.dumps(answer), flush=True)
+    if headless:  # Ray's own shutdown would wait for the head
+        for node in nodes.values():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        os._exit(0)
     ray.shutdown()
     cluster.shutdown()
 

@@ -64,6 +64,16 @@ class SpotRun:
             raise RuntimeError(f"the command ended with {self.process.returncode}:\n{self.output()}")
         return self.output()
 
+    def wait_for_failure(self, timeout_s: float = 120.0) -> str:
+        """Wait until the command has failed; its output.
+
+        Raises:
+            RuntimeError: it succeeded.
+        """
+        if self.process.wait(timeout_s) == 0:
+            raise RuntimeError(f"the command succeeded:\n{self.output()}")
+        return self.output()
+
     def interrupt(self) -> str:
         """As Ctrl-C; its output."""
         self.process.send_signal(signal.SIGINT)

@@ -28,7 +28,8 @@ class Costs:
     Attributes:
         notice_s: at a loss with notice, from the last step before to the first after; nothing is repeated.
         kill_s: the same at a loss without; the steps since the last checkpoint are repeated as well.
-        grow_s: at growth, and at a start from nothing.
+        grow_s: the same at growth; the group trains on while the new machines load the libraries.
+        start_s: from enough machines to the first step, when there was no group.
         noticed_share: of losses come with notice.
         checkpoint_every_s: seconds of work between checkpoints.
         checkpoint_stall_s: how long work stands still for one.
@@ -37,14 +38,15 @@ class Costs:
     notice_s: float
     kill_s: float
     grow_s: float
+    start_s: float
     noticed_share: float
     checkpoint_every_s: float
     checkpoint_stall_s: float
 
 
-# Medians of `python -m jobs.bench recovery` on two simulated machines that share two cores, rounded up. Of growth's
-# 20 s the group stands still for the last 10; a start from nothing takes them all.
-NOTICE_S, KILL_S, GROW_S = 8.0, 11.0, 20.0
+# Medians of `python -m jobs.bench recovery` on two simulated machines that share two cores, rounded up; a start from
+# nothing was read off the first lines of a run there.
+NOTICE_S, KILL_S, GROW_S, START_S = 6.0, 8.0, 4.0, 20.0
 NOTICED_SHARE = 0.9  # assumed: clouds announce most preemptions, but not failures
 CHECKPOINT_STALL_S = 1.0  # assumed: weights and optimizer state are copied to the host, written in the background
 
@@ -188,7 +190,7 @@ class _Run:
         if workers > before:
             forecast.growths += before > 0
             self._save()
-            self._standstill_s = self._costs.grow_s
+            self._standstill_s = self._costs.grow_s if before else self._costs.start_s
         elif self._draw.random() < self._costs.noticed_share:
             forecast.notices += 1
             self._save()

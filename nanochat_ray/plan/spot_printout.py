@@ -95,7 +95,11 @@ def spot_table(title: str, figures: dict[str, Any]) -> str:
             f"{figures['kills']:.1f}",
             f"{costs['kill_s']:g} s; {1 - costs['noticed_share']:.0%} of losses",
         ),
-        ("growths", f"{figures['growths']:.1f}", f"{costs['grow_s']:g} s; as much at every start from nothing"),
+        (
+            "growths",
+            f"{figures['growths']:.1f}",
+            f"{costs['grow_s']:g} s; {costs['start_s']:g} s at every start from nothing",
+        ),
         (
             "checkpoint every",
             duration(costs["checkpoint_every_s"]),

@@ -5,4 +5,5 @@ order                   which unit comes when, which worker runs which micro-bat
 cursor                  where the run stands; saved whole, restored whole
 rows                    one unit → its rows, and the row sequence without Ray
 ray_stream              the same sequence through Ray Data
+head_start              its first micro-batches, made by the workers until Ray Data has caught up
 """

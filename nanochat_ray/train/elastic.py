@@ -91,12 +91,13 @@ def look_at_machines() -> Machines:
     usable = {
         name: node["Resources"]
         for name, node in alive.items()
-        if name not in leaving and _answers(node["NodeManagerAddress"], node["NodeManagerPort"])
+        if name not in leaving and answers(node["NodeManagerAddress"], node["NodeManagerPort"])
     }
     return Machines(usable, leaving)
 
 
-def _answers(host: str, port: int) -> bool:
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there, and says so at once."""
     try:
         socket.create_connection((host, port), timeout=ANSWER_WITHIN_S).close()
     except OSError:

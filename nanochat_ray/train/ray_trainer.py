@@ -7,8 +7,7 @@ there; what a worker does is in worker.py, when a group changes its size in elas
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_config
-from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, ElasticTrainer
+from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, WATCH_EVERY_S, ElasticTrainer, answers
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
@@ -37,6 +36,8 @@ from nanochat_ray.train.worker import (
     reported_failure,
     train_on_worker,
 )
+
+HEAD_AWAY_FOR_S = 50.0  # after 60 s Ray ends all processes of the cluster; until then a restarted head finds them again
 
 
 def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], fresh: bool = False) -> bool:
@@ -85,7 +86,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     )
     try:
         with live_progress(job.stage, job.plan.steps):
-            _interruptibly(trainer.fit)
+            _fit(trainer, cluster)
         _raise_reported_failure(job)
     except ray.train.TrainingFailedError as error:
         _raise_reported_failure(job)
@@ -96,20 +97,33 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     return True
 
 
-def _interruptibly(fit: Callable[[], Any]) -> None:
+def _fit(trainer: ElasticTrainer, cluster: Cluster) -> None:
     """Run in a thread, so that Ctrl-C ends the wait at once and `connect` ends the rest.
 
     In the main thread Ray Train would ask its controller to stop, which hears nothing while it waits for machines.
+
+    Raises:
+        UserError: the cluster's head is lost. Ray would end this process a little later, with no word on what to do.
     """
     outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            outcome.set_result(fit())
+            outcome.set_result(trainer.fit())
         except BaseException as error:  # for the main thread to raise
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    host, port = cluster.address.rsplit(":", 1)
+    seen = time.monotonic()
+    while not wait([outcome], timeout=WATCH_EVERY_S).done:
+        if answers(host, int(port)):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > HEAD_AWAY_FOR_S:
+            raise UserError(
+                f"the head of the cluster, {cluster.address}, has not answered for {HEAD_AWAY_FOR_S:g} s; start it "
+                "again, or another cluster, and run the same command to continue from the last checkpoint"
+            )
     outcome.result()
 
 
