@@ -43,6 +43,7 @@ class Chaos:
     def __init__(self, cluster: SpotCluster, job: str, stage: Folder, flags: list[str], store: Store | None = None):
         self.cluster, self.stage, self.store = cluster, stage, store
         self._begin: Callable[[], SpotRun] = lambda: SpotRun(self.cluster, job, stage, flags)
+        self._groups_before = 0  # the present command
         self.run = self._begin()
 
     @property
@@ -53,8 +54,9 @@ class Chaos:
         """Until a group of so many workers has done so many steps."""
 
         def at_work(step: dict) -> bool:
-            group = self.run.events("start")[-1]
-            return group["workers"] == step["workers"] == workers and step["step"] >= group["step"] + steps
+            groups = self.run.events("start")
+            own = len(groups) > self._groups_before and groups[-1]["workers"] == step["workers"] == workers
+            return own and step["step"] >= groups[-1]["step"] + steps
 
         self.run.wait_for_step(at_work)
 
@@ -105,6 +107,7 @@ class Chaos:
 
     def rerun(self) -> None:
         """The user gives the same command again."""
+        self._groups_before = len(self.run.events("start"))
         self.run = self._begin()
 
     def _machine_of(self, rank: int) -> str:

@@ -66,7 +66,7 @@ def test_a_killed_group_costs_its_lost_steps_the_wait_and_the_restart_at_the_siz
         "restart": 2 * 10.5,
     }
     assert (ledger.steps_lost, ledger.restarts) == (3, 1)
-    assert ledger.recoveries == [Recovery("killed", 32.0)]
+    assert ledger.recoveries == [Recovery("killed", 32.0 - 20.0)]
 
 
 def test_the_reason_of_a_recovery_is_told_from_how_the_group_ended_and_how_large_the_next_one_is():
@@ -86,7 +86,7 @@ def test_a_group_that_never_did_a_step_is_part_of_one_recovery():
     ledger.add(start(16.0, step=1, workers=3))
     ledger.add(start(36.0, step=1, workers=1, waited_for_capacity_s=15.0))
     ledger.add(step(40.0, 1, seconds=2.0, workers=1))
-    assert ledger.recoveries == [Recovery("killed", 35.0)]
+    assert ledger.recoveries == [Recovery("killed", 35.0 - 15.0)]
     assert ledger.restarts == 2
     assert ledger.totals()[Label.RESTART] == 2 * 4 + 3 * 10 + 1 * (5 + 2)
     assert ledger.totals()[Label.WAITING_FOR_CAPACITY] == 15

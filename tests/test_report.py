@@ -255,7 +255,7 @@ def test_an_interrupted_run_shows_where_its_time_and_money_went(tmp_path):
     assert "| useful | 40 min 00 s | 67.8% | $0.67 | $2.00 |" in text
     assert "| waiting for capacity | 3 min 20 s | 5.6% | $0.06 | $0.17 |" in text
     assert "| together | 59 min 00 s | 100.0% | $0.98 | $2.95 |" in text
-    assert "1: last step to next step 1 killed (median 2 min 09 s)" in text
+    assert "1: last step to next step, with machines enough: 1 killed (median 29 s)" in text
     assert "| steps lost and done again | 10 |" in text
     calm = everything - (4 * 61 + 2 * 21) - 4 * 90 - 2 * 100  # without starts, repeated work and waiting
     assert figures["money"]["spot"] == pytest.approx(everything / 3600)

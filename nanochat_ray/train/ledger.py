@@ -58,7 +58,7 @@ class Segment(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """From the end of a group's last step to the end of the next group's first one."""
+    """From the end of a group's last step to that of the next group's first one, while there were machines enough."""
 
     kind: str  # killed: without a word; notice: left with a checkpoint; grown: left, to go on with more workers
     seconds: float
@@ -71,6 +71,7 @@ class _Group:
     steps: int = 0
     last_step_at: float | None = None  # None: still starting
     left: bool = False
+    waited_s: float = 0.0  # for machines, since a group did a step
     first: list[tuple[float, float]] = field(default_factory=list)  # work of steps that may have compiled
     later: list[float] = field(default_factory=list)  # seconds of work of steps that did not
 
@@ -146,8 +147,10 @@ class Ledger:
             began = event.get("attempt_began") or event.get("entered") or event["time"]
             self._at, self._former = max(self._at, began), None
         self._attempt = attempt
-        self._group = _Group(event.get("workers", 1), compiled=event.get("mode") == "compiled")
         waited = event.get("waited_for_capacity_s") or 0.0
+        in_vain_s = old.waited_s if old is not None and old.last_step_at is None else 0.0
+        compiled = event.get("mode") == "compiled"
+        self._group = _Group(event.get("workers", 1), compiled=compiled, waited_s=in_vain_s + waited)
         self._spend(min(self._at + waited, event["time"]), Label.WAITING_FOR_CAPACITY)
         self._spend(event["time"], Label.RESTART)
 
@@ -199,7 +202,7 @@ class Ledger:
         former = self._former
         if group.last_step_at is None and former is not None and former.last_step_at is not None:
             kind = "killed" if not former.left else "grown" if group.workers > former.workers else "notice"
-            self.recoveries.append(Recovery(kind, first_end - former.last_step_at))
+            self.recoveries.append(Recovery(kind, max(0.0, first_end - former.last_step_at - group.waited_s)))
         group.last_step_at = last_end
 
     def _spend(self, until: float, label: Label) -> None:

@@ -88,7 +88,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
         with live_progress(job.stage, job.plan.steps):
             _fit(trainer, cluster)
         _raise_reported_failure(job)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         _raise_reported_failure(job)
         raise UserError(f"training failed: {_last_line(str(error))}") from error
     finally:
@@ -120,11 +120,18 @@ def _fit(trainer: ElasticTrainer, cluster: Cluster) -> None:
         if answers(host, int(port)):
             seen = time.monotonic()
         elif time.monotonic() - seen > HEAD_AWAY_FOR_S:
-            raise UserError(
-                f"the head of the cluster, {cluster.address}, has not answered for {HEAD_AWAY_FOR_S:g} s; start it "
-                "again, or another cluster, and run the same command to continue from the last checkpoint"
-            )
+            raise _head_is_lost(cluster)
+    error = outcome.exception()
+    if isinstance(error, ray.exceptions.RayError) and not answers(host, int(port)):
+        raise _head_is_lost(cluster) from error  # the controller lived there
     outcome.result()
+
+
+def _head_is_lost(cluster: Cluster) -> UserError:
+    return UserError(
+        f"the head of the cluster, {cluster.address}, does not answer any more; start it again, or another cluster, "
+        "and run the same command to continue from the last checkpoint"
+    )
 
 
 def require_workers(cluster: Cluster, workers: tuple[int, int]) -> dict[str, float]:
