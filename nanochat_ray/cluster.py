@@ -78,6 +78,7 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
         return
     submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
     prepare_environment()
+    ray._private.worker.print_to_stdstream = _leave_to_rays_logs
     if address is None and not submitted:
         _start_local(workers)
     else:
@@ -87,6 +88,13 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
             yield _describe()
     finally:
         ray.shutdown()
+
+
+def _leave_to_rays_logs(*_: Any, **__: Any) -> None:
+    """Instead of printing what raylets report: pages about each machine that is lost, in the midst of our own lines.
+
+    Ray has no switch for it. `log_to_driver=False` keeps away only what workers print.
+    """
 
 
 @contextmanager

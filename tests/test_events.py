@@ -1,6 +1,7 @@
 """Events: one object per step whatever happened, and a live line made from them."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -152,3 +153,19 @@ def test_the_driver_follows_the_events_of_this_attempt_only(stage, capsys):
     shown = capsys.readouterr().out
     assert "step 4/4" in shown
     assert "step 1/4" not in shown
+
+
+@pytest.mark.parametrize("steps_after", [1, 40])  # the file is then shorter or longer than before
+def test_what_was_shown_is_not_shown_again_when_lost_steps_are_taken_out(stage, capsys, monkeypatch, steps_after):
+    monkeypatch.setattr("nanochat_ray.train.progress._POLL_S", {"local": 0.02})
+    with live_progress(stage, 100):
+        for first, steps in ((0, 9), (2, steps_after)):
+            log = EventLog(stage, first)
+            log.append("start", step=first, workers=3 - first, dtype="bf16", mode="eager")
+            for step in range(first, first + steps):
+                log.append("step", **step_event(step))
+            log.close()
+            time.sleep(0.2)
+    shown = capsys.readouterr().out
+    assert shown.count("worker(s)") == 2
+    assert "1 worker(s), bf16, eager; continuing at step 2" in shown

@@ -54,15 +54,17 @@ class SpotRun:
             time.sleep(LOOK_EVERY_S)
         raise RuntimeError(f"not in {timeout_s:g} s: {self.events('start', 'leave')}\n{self.output()}")
 
-    def finish(self, timeout_s: float = 300.0) -> str:
-        """Wait for the command's own end; its output.
+    def wait_for_output(self, text: str, timeout_s: float = 60.0) -> None:
+        """Until the command has printed it.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: it did not in time.
         """
-        if self.process.wait(timeout_s) != 0:
-            raise RuntimeError(f"the command ended with {self.process.returncode}:\n{self.output()}")
-        return self.output()
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not in {timeout_s:g} s: {text!r} in\n{self.output()}")
+            time.sleep(LOOK_EVERY_S)
 
     def wait_for_failure(self, timeout_s: float = 120.0) -> str:
         """Wait until the command has failed; its output.

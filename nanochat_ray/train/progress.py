@@ -88,29 +88,42 @@ class ProgressLine:
 
 
 def _follow(stage: Folder, line: ProgressLine, stop: threading.Event) -> None:
-    began, offset = time.time(), 0
+    tail = _Tail(stage)
+    shown_until = time.time()
     poll_s = _POLL_S["local" if stage.is_local else "remote"]
     stopping = False
     while not stopping:
         stopping = stop.wait(poll_s)  # one more look after the end, for the last events
-        text, offset = _read_from(stage, offset)
-        for event in map(json.loads, text.splitlines()):
-            if event["time"] >= began:
+        for event in map(json.loads, tail.new_lines()):
+            if event["time"] >= shown_until:
                 line.show(event)
+                shown_until = event["time"]
 
 
-def _read_from(stage: Folder, offset: int) -> tuple[str, int]:
-    """The complete lines after `offset`, and where they end; from the start of a file that was rewritten shorter."""
-    filesystem, path = (stage / EVENTS).open()
-    try:
-        with filesystem.open_input_file(path) as file:
-            if file.size() < offset:
-                offset = 0
-            file.seek(offset)
-            data = file.read()
-    except FileNotFoundError:
-        return "", 0
-    except OSError:  # the storage fails for a while; the worker that writes there says so
-        return "", offset
-    data = data[: data.rfind(b"\n") + 1]
-    return data.decode(), offset + len(data)
+class _Tail:
+    """Follows a stage's events; from the start when they were rewritten, as they are for steps that were lost."""
+
+    def __init__(self, stage: Folder):
+        self._stage = stage
+        self._end, self._last = 0, b""  # of what was read, and its last line
+
+    def new_lines(self) -> list[bytes]:
+        """The complete lines since the last call."""
+        filesystem, path = (self._stage / EVENTS).open()
+        try:
+            with filesystem.open_input_file(path) as file:
+                begin = self._end - len(self._last)
+                file.seek(min(begin, file.size()))
+                data = file.read()
+                if data.startswith(self._last):
+                    data = data[len(self._last) :]
+                else:
+                    self._end = 0
+                    file.seek(0)
+                    data = file.read()
+        except OSError:  # not there yet, or the storage fails for a while, which the worker that writes there says
+            return []
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        if lines:
+            self._end, self._last = self._end + sum(map(len, lines)), lines[-1]
+        return lines

@@ -7,6 +7,7 @@ there; what a worker does is in worker.py, when a group changes its size in elas
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_config
-from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, WATCH_EVERY_S, ElasticTrainer, answers
+from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, WATCH_EVERY_S, ElasticTrainer, answers, look_at_machines
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
@@ -86,7 +87,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     )
     try:
         with live_progress(job.stage, job.plan.steps):
-            _fit(trainer, cluster)
+            _fit(trainer, cluster, partial(_say_whether_to_wait, resources, workers[0]))
         _raise_reported_failure(job)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         _raise_reported_failure(job)
@@ -97,10 +98,13 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     return True
 
 
-def _fit(trainer: ElasticTrainer, cluster: Cluster) -> None:
+def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]) -> None:
     """Run in a thread, so that Ctrl-C ends the wait at once and `connect` ends the rest.
 
     In the main thread Ray Train would ask its controller to stop, which hears nothing while it waits for machines.
+
+    Args:
+        look: called every second with what it returned the last time, at first False.
 
     Raises:
         UserError: the cluster's head is lost. Ray would end this process a little later, with no word on what to do.
@@ -115,16 +119,27 @@ def _fit(trainer: ElasticTrainer, cluster: Cluster) -> None:
 
     threading.Thread(target=run, daemon=True).start()
     host, port = cluster.address.rsplit(":", 1)
-    seen = time.monotonic()
+    seen, waits = time.monotonic(), False
     while not wait([outcome], timeout=WATCH_EVERY_S).done:
         if answers(host, int(port)):
-            seen = time.monotonic()
+            seen, waits = time.monotonic(), look(waits)
         elif time.monotonic() - seen > HEAD_AWAY_FOR_S:
             raise _head_is_lost(cluster)
     error = outcome.exception()
     if isinstance(error, ray.exceptions.RayError) and not answers(host, int(port)):
         raise _head_is_lost(cluster) from error  # the controller lived there
     outcome.result()
+
+
+def _say_whether_to_wait(per_worker: dict[str, float], least: int, waits: bool) -> bool:
+    """Whether there are too few machines for a group; tells the user when that begins."""
+    try:
+        places = look_at_machines().places(per_worker, least)
+    except (RuntimeError, ray.exceptions.RayError):  # the head has just gone, which the next look will find
+        return waits
+    if places < least and not waits:
+        print(f"waiting for machines: there is room for {places} workers, at least {least} are needed", flush=True)
+    return places < least
 
 
 def _head_is_lost(cluster: Cluster) -> UserError:
