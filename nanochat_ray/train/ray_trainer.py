@@ -93,9 +93,17 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
         _raise_reported_failure(job)
         raise UserError(f"training failed: {_last_line(str(error))}") from error
     finally:
-        for leftover in ("ray", FAILURE, LAST_ERROR, WAITED):
-            job.stage.delete(leftover)
+        _clean_up(job)
     return True
+
+
+def _clean_up(job: TrainingJob) -> None:
+    for leftover in ("ray", FAILURE, LAST_ERROR, WAITED):
+        try:
+            job.stage.delete(leftover)
+        except OSError as error:  # a storage that fails must not hide why the run ended
+            warn(f"{leftover} was left in {job.stage} ({error})")
+            return
 
 
 def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]) -> None:
