@@ -1,8 +1,19 @@
 """When a group of workers saves and leaves: counted from machines that answer and stay. Pure; no cluster."""
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
-from nanochat_ray.train.elastic import IN_VAIN_FOR_S, STEADY_FOR_S, Machines, Watch, grew_in_vain
+from nanochat_ray.train import elastic
+from nanochat_ray.train.elastic import (
+    IN_VAIN_FOR_S,
+    STEADY_FOR_S,
+    Machines,
+    UsableMachinesPolicy,
+    WaitUntilGivenBack,
+    Watch,
+    grew_in_vain,
+)
 
 WORKER = {"CPU": 1.0}
 GPU_WORKER = {"GPU": 1.0, "CPU": 1.0}
@@ -123,3 +134,32 @@ def test_a_machine_that_is_replaced_before_it_goes_does_not_make_the_group_leave
         watch.look()
     assert not watch.may_grow
     assert watch.deadline == 1030.0
+
+
+def test_a_head_or_machine_that_is_just_going_does_not_end_the_run(monkeypatch, capsys):
+    """Ray Train gives up when its policy or a callback raises, whatever `max_failures` is."""
+    policy = UsableMachinesPolicy(ScalingConfig(num_workers=(1, 2), resources_per_worker=WORKER), lambda seconds: None)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    machines = [RuntimeError("the head is away"), Machines({}, {}), Machines(cpus(a=2), {})]
+
+    def look():
+        answer = machines.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(elastic, "look_at_machines", look)
+    decisions = [policy.make_decision_for_non_running_worker_group() for _ in range(3)]
+    assert [type(decision) for decision in decisions] == [NoopDecision, NoopDecision, ResizeDecision]
+    assert decisions[2].num_workers == 1
+    assert "the head is away" in capsys.readouterr().err
+
+    machines.append(RuntimeError("the head is away"))
+    WaitUntilGivenBack(WORKER).after_worker_group_shutdown(None)
+
+    def spares(group):
+        raise RuntimeError("the machine of worker 0 has gone")
+
+    monkeypatch.setattr(policy, "_keep_spares", spares)
+    assert isinstance(policy.make_decision_for_running_worker_group(None), NoopDecision)
+    assert "the machine of worker 0 has gone" in capsys.readouterr().err

@@ -55,4 +55,10 @@ def test_one_row_and_finetuning_have_another_way_out():
 
 
 def test_processes_that_were_killed_get_the_same_advice():
-    assert "lower --micro-batch-rows from 16 to 8" in killed_advice(PLAN)
+    assert "lower --micro-batch-rows from 16 to 8" in killed_advice(PLAN, None)
+
+
+def test_what_the_other_workers_saw_is_said_before_memory_is_blamed():
+    said = killed_advice(PLAN, "NCCL error: invalid usage,\n run with NCCL_DEBUG=WARN")
+    assert "what the other workers saw: NCCL error: invalid usage, run with NCCL_DEBUG=WARN" in said
+    assert said.index("NCCL_DEBUG") < said.index("memory was full")

@@ -2,18 +2,15 @@
 
 import pytest
 
-from nanochat_ray.plan import make_plan
 from nanochat_ray.train.restarts import why_to_give_up
-
-PLAN = make_plan(depth=20, micro_batch_rows=16)
 
 
 def starts(*steps: int, attempt: str = "now", machines: tuple[str, ...] = ("a", "b")) -> list[dict]:
     return [{"kind": "start", "attempt": attempt, "step": step, "machines": [*machines]} for step in steps]
 
 
-def judged(events: list[dict], error: str | None = None, usable: set[str] = frozenset("abc")) -> str | None:
-    return why_to_give_up(events, "now", 40, error, lambda: usable, PLAN)
+def judged(events: list[dict], error: str = "KeyError: 3", usable: set[str] = frozenset("abc")) -> str | None:
+    return why_to_give_up(events, "now", 40, error, lambda: usable)
 
 
 def test_the_third_failure_at_a_step_ends_the_run_with_the_last_error():
@@ -27,12 +24,6 @@ def test_progress_and_earlier_attempts_do_not_count(events):
     assert judged(events, "KeyError: 3") is None
 
 
-def test_processes_that_die_without_a_word_on_machines_that_stay_are_told_of_memory():
-    said = judged(starts(40, 40, 40))
-    assert "failed 3 times at step 40" in said
-    assert "lower --micro-batch-rows from 16 to 8" in said
-
-
 def test_lost_machines_restart_a_run_for_ever():
     lost = starts(*[40] * 20, machines=("a", "gone"))
     assert judged(lost) is None
@@ -44,5 +35,4 @@ def test_the_machines_are_looked_at_only_when_it_matters():
     def must_not_be_asked():
         raise AssertionError
 
-    for events, error in ((starts(40, 40), None), (starts(40, 40, 40), "KeyError: 3")):
-        why_to_give_up(events, "now", 40, error, must_not_be_asked, PLAN)
+    assert why_to_give_up(starts(40, 40), "now", 40, "KeyError: 3", must_not_be_asked) is None

@@ -94,6 +94,19 @@ def test_evaluations_and_checkpoints_count_as_life_and_not_as_steps(tmp_path):
     assert world.reports == []
 
 
+def test_a_worker_that_waits_for_the_checkpoint_before_does_not_hang_until_it_goes_on(tmp_path):
+    world = World(Folder.at(tmp_path))
+    world.steps([1.0] * 5)
+    world.watchdog.pause()
+    world.now += 10_000
+    world.watchdog.check()
+    world.watchdog.beat()
+    world.steps([1.0], first=5)
+    world.now += PATIENCE.floor_s + 1
+    with pytest.raises(Left):
+        world.watchdog.check()
+
+
 def test_a_storage_that_refuses_does_not_keep_the_process(tmp_path, capsys):
     (tmp_path / STACKS).write_text("a file where the folder should be")
     world = World(Folder.at(tmp_path))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ GLANCE_EVERY_S = 0.05
 # A group's first seconds want the cores of its machines, and its last helpers the spares there, themselves.
 SPARES_AFTER_S = 12.0
 CPUS_PER_DATA_TASK = 0.5
+LOOK_ERRORS = (OSError, RuntimeError, ray.exceptions.RayError)  # of a head or a machine that is just going
 
 
 class LeaveGroup(Exception):
@@ -168,7 +170,7 @@ class Watch:
         while not self._stop.wait(WATCH_EVERY_S):
             try:
                 self.look()
-            except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            except LOOK_ERRORS as error:
                 warn(f"the cluster's head did not say which machines there are ({error}); asking again")
 
 
@@ -193,7 +195,11 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()  # an autoscaler brings machines
         config, now = self.scaling_config, time.monotonic()
-        places = look_at_machines().places(config._resources_per_worker_not_none, config.min_workers)
+        try:
+            places = look_at_machines().places(config._resources_per_worker_not_none, config.min_workers)
+        except LOOK_ERRORS as error:
+            warn(f"the cluster's head did not say which machines there are ({error}); asking again")
+            places = 0
         if places < config.min_workers:
             self._short_since = now if self._short_since is None else self._short_since
             time.sleep(WATCH_EVERY_S / 4)  # the controller would ask again at once
@@ -206,7 +212,10 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, *_: Any, **__: Any) -> ScalingDecision:
         self._maybe_send_resource_request()
-        self._keep_spares(worker_group_state)
+        try:
+            self._keep_spares(worker_group_state)
+        except LOOK_ERRORS as error:  # what is raised here would end the run, and machines go at any moment
+            warn(f"no spare processes were asked for ({error}); asking again")
         return NoopDecision()
 
     def _keep_spares(self, group: Any) -> None:
@@ -251,6 +260,10 @@ class WaitUntilGivenBack(WorkerGroupCallback):
         self._per_worker = per_worker
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        with suppress(*LOOK_ERRORS):  # the policy looks again, and says so
+            self._wait()
+
+    def _wait(self) -> None:
         until = time.monotonic() + SETTLE_S
         places = look_at_machines().places_by_machine(self._per_worker)
         while time.monotonic() < until:

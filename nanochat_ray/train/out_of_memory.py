@@ -24,11 +24,17 @@ def out_of_memory_advice(error: BaseException, plan: Plan) -> str | None:
     return f"a worker ran out of memory; {what_to_lower(plan)} ({first_line})"
 
 
-def killed_advice(plan: Plan) -> str:
-    """For processes that died again and again, without a word, on machines that stayed."""
+def killed_advice(plan: Plan, seen_by_peers: str | None) -> str:
+    """For processes that died again and again, without a word, on machines that stayed.
+
+    Args:
+        seen_by_peers: how the communication of the others failed, if there were any.
+    """
+    seen = f" (what the other workers saw: {' '.join(seen_by_peers.split())})" if seen_by_peers else ""
     return (
-        "their processes were killed from outside or crashed, while their machines stayed; most often the kernel or "
-        f"Ray has taken one because the machine's memory was full: {what_to_lower(plan)}"
+        f"their processes were killed from outside or crashed, while their machines stayed{seen}; unless that names "
+        "another cause, the kernel or Ray has taken one because the machine's memory was full: "
+        f"{what_to_lower(plan)}"
     )
 
 

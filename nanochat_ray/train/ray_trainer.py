@@ -23,13 +23,21 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.ray_stream import micro_batch_dataset, ordered_data_config
-from nanochat_ray.train.elastic import CPUS_PER_DATA_TASK, WATCH_EVERY_S, ElasticTrainer, answers, look_at_machines
+from nanochat_ray.train.elastic import (
+    CPUS_PER_DATA_TASK,
+    LOOK_ERRORS,
+    WATCH_EVERY_S,
+    ElasticTrainer,
+    answers,
+    look_at_machines,
+)
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
 from nanochat_ray.train.worker import (
     FAILURE,
     LAST_ERROR,
+    LOST_PEER,
     WAITED,
     load,
     note_wait,
@@ -98,7 +106,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
 
 
 def _clean_up(job: TrainingJob) -> None:
-    for leftover in ("ray", FAILURE, LAST_ERROR, WAITED):
+    for leftover in ("ray", FAILURE, LAST_ERROR, LOST_PEER, WAITED):
         try:
             job.stage.delete(leftover)
         except OSError as error:  # a storage that fails must not hide why the run ended
@@ -143,7 +151,7 @@ def _say_whether_to_wait(per_worker: dict[str, float], least: int, waits: bool) 
     """Whether there are too few machines for a group; tells the user when that begins."""
     try:
         places = look_at_machines().places(per_worker, least)
-    except (RuntimeError, ray.exceptions.RayError):  # the head has just gone, which the next look will find
+    except LOOK_ERRORS:  # the head has just gone, which the next look will find
         return waits
     if places < least and not waits:
         print(f"waiting for machines: there is room for {places} workers, at least {least} are needed", flush=True)

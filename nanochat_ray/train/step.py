@@ -1,7 +1,8 @@
 """One optimizer step: forward and backward over this worker's micro-batches, agreement with the others, update.
 
 Workers agree through one all-reduce of a table of integers in which each micro-batch's line is written by the worker
-that ran it and zero elsewhere: row ids, digest, loss bits, target count. So every worker sees the same losses in the
+that ran it and zero elsewhere: row ids, digest, loss bits, target count. Below them each worker has a line of its own:
+what it asks for, and how long it waited. So every worker sees the same losses in the
 same order, bit for bit, whatever the world size; and rows of a unit that are missing, repeated or exchanged, or units
 out of order, are noticed at the step where it happens.
 """
@@ -25,6 +26,7 @@ from nanochat_ray.stream.rows import IGNORED_TARGET, MicroBatch, stream_hash, to
 SummedLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _FIRST, _LAST, _DIGEST, _LOSS_BITS, _TARGETS, _CROPPED, _COLUMNS = slice(0, 3), slice(3, 6), 6, 7, 8, 9, 10
+_REQUEST, _INFINITE, _WAITED_US = 0, 1, 2  # of the lines of workers, which follow those of micro-batches
 _NAMED_AT_MOST = 8
 
 
@@ -35,6 +37,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    def meet(self) -> None:
+        """Return when all workers have come here."""
+        self.sum(torch.zeros(1))
 
     def sum(self, table: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all workers."""
@@ -47,7 +53,7 @@ class World:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; equal on every worker but for the seconds."""
+    """What one step did; equal on every worker."""
 
     step: int
     loss: float  # mean nats per target token of the global batch
@@ -56,7 +62,7 @@ class StepResult:
     cropped_tokens: int
     last_row: RowId
     request: int  # the sum of what the workers passed as `request`
-    data_wait_s: float  # this worker's wait for its micro-batches
+    data_wait_s: float  # of the worker that waited longest for its micro-batches, and so for that long of all
 
 
 def run_step(
@@ -80,8 +86,8 @@ def run_step(
         UserError: the loss or the gradient is not finite; the weights are as before the step.
         RuntimeError: a micro-batch does not follow the one before it (a bug in the data pipeline).
     """
-    table = torch.zeros(plan.micro_batches + 1, _COLUMNS, dtype=torch.int64)
-    table[-1, 0] = request
+    table = torch.zeros(plan.micro_batches + world.size, _COLUMNS, dtype=torch.int64)
+    lines, own = table[: plan.micro_batches], table[plan.micro_batches + world.rank]
     waited = 0.0
     for index in micro_batches_of(cursor.step, plan.micro_batches, first_step, world.rank, world.size):
         began = time.perf_counter()
@@ -89,16 +95,16 @@ def run_step(
         waited += time.perf_counter() - began
         if not micro_batch.is_in_order():
             raise RuntimeError(f"rows out of order in micro-batch {index}: {micro_batch.row_ids_M3.tolist()}")
-        line = table[index - cursor.step * plan.micro_batches]
+        line = lines[index - cursor.step * plan.micro_batches]
         line[_LOSS_BITS], line[_TARGETS] = _forward_backward(summed_loss, micro_batch, world.device)
         line[_FIRST] = torch.from_numpy(micro_batch.row_ids_M3[0])
         line[_LAST] = torch.from_numpy(micro_batch.row_ids_M3[-1])
         line[_DIGEST] = micro_batch.digest()
         line[_CROPPED] = int(micro_batch.cropped_M.sum())
 
-    table[-1, 1] = not optimizer.has_finite_gradients()
+    own[_REQUEST], own[_INFINITE], own[_WAITED_US] = request, not optimizer.has_finite_gradients(), int(waited * 1e6)
     table = world.sum(table)
-    lines = table[:-1]
+    lines, workers = table[: plan.micro_batches], table[plan.micro_batches :]
     last_row = _check_sequence(cursor, lines)
     losses, targets = lines[:, _LOSS_BITS].view(torch.float64), int(lines[:, _TARGETS].sum())
     loss_sum = math.fsum(losses.tolist())
@@ -109,9 +115,9 @@ def run_step(
             f"({_rows_of(lines, bad)}); the weights were not updated. See its text with `python -m jobs.data "
             f"--show-step {cursor.step}` and the --run, --storage and --corpus of this run, or lower the rates"
         )
-    if table[-1, 1]:
+    if infinite := int(workers[:, _INFINITE].sum()):
         raise UserError(
-            f"the loss of step {cursor.step} is finite, but its gradient is not on {int(table[-1, 1])} of {world.size} "
+            f"the loss of step {cursor.step} is finite, but its gradient is not on {infinite} of {world.size} "
             f"workers (rows {_row(lines[0, _FIRST])} to {_row(lines[-1, _LAST])} as epoch/unit position/row); "
             "the weights were not updated. Lower the rates, or train with --dtype fp32"
         )
@@ -129,8 +135,8 @@ def run_step(
         stream_hash=stream_hash(lines[:, _DIGEST].tolist()),
         cropped_tokens=int(lines[:, _CROPPED].sum()),
         last_row=last_row,
-        request=int(table[-1, 0]),
-        data_wait_s=waited,
+        request=int(workers[:, _REQUEST].sum()),
+        data_wait_s=int(workers[:, _WAITED_US].max()) / 1e6,
     )
 
 

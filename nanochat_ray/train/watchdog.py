@@ -6,6 +6,7 @@ stands and what happened, and ends the process; Ray Train then starts the next g
 cannot see is native code that hangs while it holds Python's lock, since then this thread stands still, too.
 """
 
+import math
 import os
 import sys
 import threading
@@ -82,6 +83,10 @@ class Watchdog:
     def beat(self) -> None:
         """The worker is alive: a part of an evaluation or a checkpoint is done."""
         self._beat = self._clock()
+
+    def pause(self) -> None:
+        """Silence is right until the next beat: the worker waits for what may take long."""
+        self._beat = math.inf
 
     def step_ended(self, step: int) -> None:
         """As `beat`, after the update of `step`."""

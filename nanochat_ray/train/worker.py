@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import astuple
 from functools import partial
 from itertools import islice
@@ -45,7 +46,7 @@ from nanochat_ray.train.elastic import (
 from nanochat_ray.train.events import EventLog, read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.loop import LEAVE, SAVE, Hooks, train
-from nanochat_ray.train.out_of_memory import out_of_memory_advice
+from nanochat_ray.train.out_of_memory import killed_advice, out_of_memory_advice
 from nanochat_ray.train.restarts import why_to_give_up
 from nanochat_ray.train.saver import Saver
 from nanochat_ray.train.step import StepResult, World
@@ -53,8 +54,10 @@ from nanochat_ray.train.watchdog import Watchdog
 
 FAILURE = "failure.json"  # why this attempt must not be restarted, written by the worker that knows
 LAST_ERROR = "last_error.json"  # what broke the last worker group
+LOST_PEER = "lost_peer.json"  # what the others saw of it, if it could not say so itself
 WAITED = "waited.json"  # for how long there were too few machines for the group that now begins
 LEAVE_MARGIN = 1.5  # of the time that the last step and its checkpoint should take, before a machine goes
+REPORT_WITHIN_S = 30.0  # the storage itself may be what has failed, for minutes already
 PEAK_AFTER_STEPS = 2  # by then the other processes of a group have started and left the cores alone
 
 
@@ -65,10 +68,12 @@ def load() -> None:
 def train_on_worker(config: dict[str, Any]) -> None:
     entered = time.time()
     job: TrainingJob = config["job"]
-    if reported_failure(job) is not None:
-        return  # a restart cannot help; the driver will say why
+    worker = None
     try:
-        _Worker(job, config["most"], config["per_worker"]).run(entered)
+        if reported_failure(job) is not None:
+            return  # a restart cannot help; the driver will say why
+        worker = _Worker(job, config["most"], config["per_worker"])
+        worker.run(entered)
     except LeaveGroup:
         raise  # Ray Train starts the next group; not an error of ours
     except UserError as error:
@@ -81,8 +86,9 @@ def train_on_worker(config: dict[str, Any]) -> None:
         if advice is not None and not isinstance(error, ray.exceptions.RayError):  # of a task, another try may help
             _end_run(job, advice)
             return
-        if not is_lost_peer(error):
-            _report(job, LAST_ERROR, advice or f"{type(error).__name__}: {error}")
+        name = LOST_PEER if advice is None and is_lost_peer(error) else LAST_ERROR
+        first_step = worker.state.cursor.step if worker is not None else None
+        _report(job, name, advice or f"{type(error).__name__}: {error}", first_step)
         raise
 
 
@@ -125,9 +131,9 @@ class _Worker:
         self.kernels: CompileCache | None = None
         if self.mode == COMPILED:
             self.kernels = CompileCache.open(job.stage, job.plan, self.model.device, self.dtype)
-        self.watchdog = Watchdog(
-            job.stage, self.world.rank, self.state.cursor.step, partial(_report, job, LAST_ERROR), job.patience
-        )
+        first_step = self.state.cursor.step
+        report = partial(_report, job, LAST_ERROR, step=first_step)
+        self.watchdog = Watchdog(job.stage, self.world.rank, first_step, report, job.patience)
         self.machines = machines_of_group()
         self.watch = Watch(self.machines, self.world.size, most, per_worker) if self.world.rank == 0 else None
 
@@ -181,9 +187,10 @@ class _Worker:
 
     def _require_progress(self) -> None:
         """Machines may be lost for ever without an end to the run; a mistake that repeats itself ends it."""
-        job, step, error = self.job, self.state.cursor.step, _reported(self.job, LAST_ERROR)
+        job, step = self.job, self.state.cursor.step
+        error, seen_by_peers = _reported(job, LAST_ERROR, step), _reported(job, LOST_PEER, step)
         why = why_to_give_up(
-            read_events(job.stage), job.attempt, step, error, lambda: look_at_machines().usable.keys(), job.plan
+            read_events(job.stage), job.attempt, step, error or killed_advice(job.plan, seen_by_peers), _usable_machines
         )
         if why is not None:
             raise UserError(why)
@@ -203,9 +210,17 @@ class _Worker:
         checkpoints.delete_after(step)
         if planned_step != step:
             raise LeaveGroup
+        events = read_events(job.stage)
         if job.cadence.checkpoint_every_s is None:
-            self.mtbf_s = mean_time_between_failures_s(read_events(job.stage))
+            self.mtbf_s = mean_time_between_failures_s(events)
+        for event in events:
+            if event["kind"] == "checkpoint" and "stall_s" in event:  # what they cost the groups before
+                self._note_saved(event["seconds"], event["stall_s"])
         return EventLog(job.stage, step)
+
+    def _note_saved(self, seconds: float, stall_s: float) -> None:
+        self.save_seconds = seconds
+        self.stalls_s.append(stall_s)
 
     def _take_over(self, loaded: Loaded | None) -> None:
         if loaded is not None:
@@ -239,15 +254,19 @@ class _Worker:
             self.events.append("eval", step=step, val_bpb=bpb, seconds=round(time.monotonic() - began, 4))
         return bpb
 
+    def _is_last(self, state: TrainState) -> bool:
+        return state.cursor.step == self.job.plan.steps
+
     def _save(self, state: TrainState) -> None:
-        if state.cursor.step == self.job.plan.steps:
-            self.watchdog.stop()  # only worker 0 waits for the last one, as long as the storage takes
-        self.watchdog.beat()
         began = time.monotonic()
         optimizer_state = self.optimizer.state_dict()  # collective: every worker sends its part to worker 0
+        self.watchdog.pause()
         if self.saver is not None:
             self.saver.save(state, self.model.state_dict(), optimizer_state, began)
             self.stall_s = time.monotonic() - began
+        if not self._is_last(state):
+            self.world.meet()  # worker 0 may have waited for the checkpoint before, as long as the storage took
+            self.watchdog.beat()
 
     def _log_saved(self, wait: bool = False) -> None:
         """Events of the checkpoints that were committed since the last call; `wait`: of all."""
@@ -256,8 +275,7 @@ class _Worker:
         if wait:
             self.saver.wait()
         for saved in self.saver.finished():
-            self.save_seconds = saved.seconds
-            self.stalls_s.append(saved.stall_s)
+            self._note_saved(saved.seconds, saved.stall_s)
             self.events.append(
                 "checkpoint",
                 step=saved.step,
@@ -292,7 +310,7 @@ class _Worker:
     def _leave(self) -> None:
         self.watchdog.stop()  # worker 0 may take long to save
         self._log_saved(wait=True)
-        self.world.sum(torch.zeros(1))  # nobody leaves before worker 0 has saved: Ray ends a group at its first error
+        self.world.meet()  # nobody leaves before worker 0 has saved: Ray ends a group at its first error
         if self.events is not None:
             why = "notice" if self.watch is not None and self.watch.deadline is not None else "growth"
             self.events.append("leave", step=self.optimizer.steps, workers=self.world.size, why=why)
@@ -331,6 +349,10 @@ class _Worker:
         self.stall_s = 0.0
 
 
+def _usable_machines() -> AbstractSet[str]:
+    return look_at_machines().usable.keys()
+
+
 def _ignore(message: str) -> None:
     """For what another has said already."""
 
@@ -342,7 +364,10 @@ def _endless(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
 
 def note_wait(job: TrainingJob, seconds: float) -> None:
     """Tell the next group for how long there were too few machines for it."""
-    _report(job, WAITED, f"{seconds:.3f}")
+    try:
+        job.stage.write_json(WAITED, {"attempt": job.attempt, "message": f"{seconds:.3f}"})
+    except OSError as error:  # only the account suffers; who trains finds the storage out
+        warn(f"the wait of {seconds:.0f} s for machines was not noted ({error})")
 
 
 def report_failure(job: TrainingJob, message: str) -> None:
@@ -355,15 +380,20 @@ def reported_failure(job: TrainingJob) -> str | None:
     return _reported(job, FAILURE)
 
 
-def _report(job: TrainingJob, name: str, message: str) -> None:
-    report = {"attempt": job.attempt, "message": message}
-    retrying(lambda: job.stage.write_json(name, report), job.stage, warn)
+def _report(job: TrainingJob, name: str, message: str, step: int | None = None) -> None:
+    report = {"attempt": job.attempt, "step": step, "message": message}
+    retrying(lambda: job.stage.write_json(name, report), job.stage, warn, REPORT_WITHIN_S)
 
 
-def _reported(job: TrainingJob, name: str) -> str | None:
-    """What this attempt left in a file; an earlier one that was killed may have left it there, too."""
+def _reported(job: TrainingJob, name: str, step: int | None = None) -> str | None:
+    """What this attempt left in a file; an earlier one that was killed may have left it there, too.
+
+    Args:
+        step: None, or where the group that left it must have begun.
+    """
     try:
         report = retrying(lambda: job.stage.read_json(name), job.stage, warn)
     except FileNotFoundError:
         return None
-    return report["message"] if report["attempt"] == job.attempt else None
+    own = report["attempt"] == job.attempt and (step is None or report.get("step") == step)
+    return report["message"] if own else None
