@@ -2,8 +2,9 @@
 
     python -m cluster.notice_watcher --cloud aws --address $RAY_HEAD_IP:6379
 
-Ray asks no cloud for such notices itself; once its node drains for preemption, Ray Train tells every worker and Ray
-Serve moves replicas away. Kubernetes needs no watcher: there SIGTERM does the same (cluster/k8s/ray-cluster.yaml).
+Ray asks no cloud for such notices itself; once its node drains for preemption, worker 0 of a run that uses it tells the
+others (nanochat_ray/train/elastic.py), and Ray Serve moves replicas away. Kubernetes needs no watcher: there SIGTERM
+does the same (cluster/k8s/ray-cluster.yaml).
 
 Needs Python, ray, and RAY_AUTH_MODE as the cluster has it. Exit codes: 0 the machine was taken (drained, and its
 deadline has passed), 1 failed, 2 wrong usage.

@@ -2,7 +2,7 @@
 
 python -m jobs.bench train --corpus fineweb-edu --json
 python -m jobs.bench recovery                                             # machines that go and come, simulated here
-python -m jobs.bench spot --trace trace.json --speedup 60 --minutes 10    # a real spot trace on simulated machines
+python -m jobs.bench spot --trace trace.json --speedup 10 --minutes 10    # a real spot trace on simulated machines
 """
 
 import argparse
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: by what is measured)")
     parser.add_argument("--trace", default=None, help="of `spot`: JSON file of how many machines there were")
-    parser.add_argument("--speedup", type=float, default=60.0, help="seconds of the trace per second of `spot`")
+    parser.add_argument("--speedup", type=float, default=10.0, help="seconds of the trace per second of `spot`")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of `spot`")
     return parser
 

@@ -11,16 +11,7 @@ from nanochat_ray import cli
 from nanochat_ray.errors import UsageError
 from nanochat_ray.plan import Hardware, Plan, duration, find_hardware, make_plan, table
 from nanochat_ray.plan.hardware import NAMES
-from nanochat_ray.plan.spot import (
-    CHECKPOINT_STALL_S,
-    GROW_S,
-    KILL_S,
-    NOTICE_S,
-    NOTICED_SHARE,
-    START_S,
-    Costs,
-    read_trace,
-)
+from nanochat_ray.plan.spot import CHECKPOINT_STALL_S, NOTICED_SHARE, costs_of, read_trace
 from nanochat_ray.plan.spot_printout import spot_figures, spot_table
 from nanochat_ray.train.cadence import checkpoint_interval_s
 
@@ -62,11 +53,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _spot(args: argparse.Namespace, plan: Plan, hardware: Hardware | None) -> dict[str, Any]:
     """Print how the plan would go on the machines of a trace, and return the figures."""
     if hardware is None:
-        raise UsageError("--trace needs --hardware: what one of its machines is, for example 1xH100")
-    trace, workers = read_trace(args.trace), cli.parse_workers(args.workers)
+        raise UsageError("--trace needs --hardware: what one of its machines is, for example 8xH100")
+    trace, workers = read_trace(args.trace).with_workers(hardware.workers), cli.parse_workers(args.workers)
     between_losses_s = trace.at_most(workers[1]).mean_time_between_losses_s(workers[0])
     interval_s = checkpoint_interval_s(CHECKPOINT_STALL_S, between_losses_s / (1 - NOTICED_SHARE))
-    costs = Costs(NOTICE_S, KILL_S, GROW_S, START_S, NOTICED_SHARE, interval_s, CHECKPOINT_STALL_S)
+    costs = costs_of(plan.model.weight_bytes() + plan.model.optimizer_bytes(), interval_s)
     figures = spot_figures(plan, hardware, trace, workers, costs, args.spot_price, args.on_demand_price)
     source = f"a number every {trace.gap_s:g} s for {duration(trace.seconds)}, then from the beginning"
     print(spot_table(f"\non spot machines as in {args.trace} ({source})", figures))

@@ -30,6 +30,10 @@ Result = TypeVar("Result")
 STAGES = ("tokenizer", "base", "sft", "report")
 
 
+class StorageUnreachable(UserError, OSError):
+    """A store that cannot be opened now: told to people, and caught by whoever goes on in spite of storage errors."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder on some filesystem. Plain data: it travels to other machines as its URI (`Folder.at(str(folder))`)."""
@@ -59,13 +63,16 @@ class Folder:
         """The pyarrow filesystem and the path inside it.
 
         Raises:
-            UserError: the URI's scheme is unknown or the store cannot be reached.
+            UserError: the URI's scheme is unknown.
+            StorageUnreachable: the store does not answer.
         """
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
         try:
             return pafs.FileSystem.from_uri(self.uri)
-        except (OSError, pa.ArrowInvalid) as error:
+        except OSError as error:
+            raise StorageUnreachable(f"storage {self.uri} cannot be opened: {error}") from error
+        except pa.ArrowInvalid as error:
             if "Unrecognized filesystem type" in str(error):
                 return self._open_with_fsspec()
             raise UserError(f"storage {self.uri} cannot be opened: {error}") from error
@@ -75,7 +82,9 @@ class Folder:
 
         try:
             filesystem, path = fsspec.core.url_to_fs(self.uri)
-        except (ImportError, OSError, ValueError) as error:  # ImportError: the store's package is not installed
+        except OSError as error:
+            raise StorageUnreachable(f"storage {self.uri} cannot be opened: {error}") from error
+        except (ImportError, ValueError) as error:  # ImportError: the store's package is not installed
             raise UserError(f"storage {self.uri} cannot be opened: {error}") from error
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 

@@ -11,7 +11,7 @@ import pytest
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder
 from nanochat_ray.train.checkpoint import Checkpoints
-from nanochat_ray.train.lease import TTL_S, Lease, clear_stage
+from nanochat_ray.train.lease import TTL_S, GroupReplaced, Lease, clear_stage
 from tests.test_checkpoint import some_tensors, state_at
 
 
@@ -51,6 +51,21 @@ def test_numbers_rise_and_only_the_newest_is_current(stage):
             assert lease.fence.number == number
             lease.fence.require_current()
     assert (stage / "lease").list() == ["000003.json"]
+
+
+def test_only_the_last_group_of_workers_of_an_attempt_commits(stage):
+    lease, _ = acquire(stage)
+    cut_off, present = lease.fence.for_new_group(), lease.fence.for_new_group()
+    checkpoints = Checkpoints.of(stage)
+    with pytest.raises(GroupReplaced):
+        checkpoints.save(state_at(6), some_tensors(1), some_tensors(1), cut_off)
+    checkpoints.save(state_at(3), some_tensors(2), some_tensors(2), present)
+    assert checkpoints.steps() == [3]
+    lease.fence.require_current()  # the driver's own
+    edit_record(stage, 1, released=True)
+    acquire(stage)
+    with pytest.raises(UserError, match="another attempt"):
+        present.require_current()
 
 
 def test_a_living_rival_is_refused_with_who_and_what_to_do(stage):

@@ -8,12 +8,13 @@ import torch
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
+from nanochat_ray.train import events
 from nanochat_ray.train.checkpoint import Checkpoints, build_model, load_model
 from nanochat_ray.train.events import EventLog, read_events
-from nanochat_ray.train.lease import Lease, clear_stage
+from nanochat_ray.train.lease import GroupReplaced, Lease, clear_stage
 from nanochat_ray.train.saver import Saver
 from tests.test_checkpoint import PLAN, some_tensors, state_at
-from tests.test_events import write_steps
+from tests.test_events import step_event, write_steps
 from tests.test_lease import acquire, edit_record
 
 
@@ -94,6 +95,27 @@ def test_events_are_there_after_each_flush_and_go_back_with_the_run(stage):
     write_steps(stage, 2, [2, 3])
     assert [event["step"] for event in read_events(stage) if event["kind"] == "step"] == [0, 1, 2, 3]
     assert any(name.startswith("events.out.tfevents") for name in (stage / "tensorboard").list())
+
+
+def test_events_are_there_soon_without_a_flush_so_that_a_lost_groups_steps_are_known(stage, monkeypatch):
+    monkeypatch.setattr(events, "UPLOAD_EVERY_S", 0.05)
+    lease, _ = acquire(stage)
+    fence = lease.fence.for_new_group()
+    log = EventLog(stage, 0, fence.require_current)
+    log.append("step", **step_event(0))
+    deadline = time.monotonic() + 10
+    while not read_events(stage):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lease.fence.for_new_group()  # another group has begun; this one is cut off
+    log.append("step", **step_event(1))
+    time.sleep(0.5)
+    assert [event["step"] for event in read_events(stage)] == [0]
+    with pytest.raises(GroupReplaced):
+        log.flush()
+    EventLog(stage, 0).close()
+    (lost,) = read_events(stage)
+    assert (lost["kind"], lost["steps"]) == ("lost", 1)
 
 
 @pytest.mark.slow

@@ -92,17 +92,17 @@ class _Observed:
         return self._run.events("start")[-1]
 
     def note(self, kind: str, began: float | None, workers: int) -> None:
-        """Wait for the group after an event at `began`; None: the standstill began when the old group left."""
+        """Wait for the group after an event at `began`; None: the standstill began with the old group's last step."""
         start = self.settle(workers)
-        left = [leave["time"] for leave in self._run.events("leave")]
-        began = left[-1] if began is None else began
-        first = next(step for step in self._run.events("step") if step["time"] > start["time"])
-        stopped = left[-1] if kind == "added" else began
-        ends = (stopped, start["entered"], start["time"], first["time"])
+        steps = [step["time"] for step in self._run.events("step")]
+        last, first = max(t for t in steps if t < start["time"]), min(t for t in steps if t > start["time"])
+        began = last if began is None else began
+        stopped = last if kind == "added" else began
+        ends = (stopped, start["entered"], start["time"], first)
         phases = {phase: ends[i + 1] - ends[i] for i, phase in enumerate(PHASES)}
         if kind == "added":
             phases = {GOES_ON: stopped - began, **phases}
-        self._standstills[kind].append({"seconds": first["time"] - began, **phases})
+        self._standstills[kind].append({"seconds": first - began, **phases})
         time.sleep(REST_S)
 
     def figures(self) -> dict[str, Any]:

@@ -24,17 +24,23 @@ def measure_spot(corpus: str, changes: list[Change], minutes: float, most: int) 
         changes: of `plan.spot.schedule`; the first one adds the machines with which the run begins.
         most: workers, as many as machines at once.
     """
-    first, later = changes[0], changes[1:]
+    first = changes[0]
+    later = [change._replace(seconds=change.seconds - first.seconds) for change in changes[1:]]
+    minutes -= first.seconds / 60
     with tempfile.TemporaryDirectory() as folder, Watch() as watch, spot_cluster(first.machines) as cluster:
         run = prepared_run(cluster, folder, corpus, ["--workers", f"1:{most}"])
         run.wait_for_step(lambda step: step["step"] >= 1, FIRST_STEPS_WITHIN_S)
-        _act_out(cluster, later, minutes * 60)
+        act_out(cluster, later, minutes * 60)
+        ended, machines = time.time(), len(cluster.machines)
         run.interrupt()
         events = run.events()
-    return _figures(Ledger(events), events, changes) | {"machine": watch.to_dict()}
+    ledger = Ledger(events)
+    ledger.close(ended, Label.RESTART if machines else Label.WAITING_FOR_CAPACITY)
+    return figures_of(ledger, events, later) | {"machine": watch.to_dict()}
 
 
-def _act_out(cluster: SpotCluster, changes: list[Change], seconds: float) -> None:
+def act_out(cluster: SpotCluster, changes: list[Change], seconds: float) -> None:
+    """Let changes happen at their seconds; each machine that has had notice is taken NOTICE_S later."""
     began, order = time.monotonic(), count()
     due = [(change.seconds, next(order), change.action, change.machines) for change in changes]
     heapq.heapify(due)
@@ -57,7 +63,9 @@ def _act_out(cluster: SpotCluster, changes: list[Change], seconds: float) -> Non
     time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
-def _figures(ledger: Ledger, events: list[dict[str, Any]], changes: list[Change]) -> dict[str, Any]:
+def figures_of(ledger: Ledger, events: list[dict[str, Any]], changes: list[Change]) -> dict[str, Any]:
+    """What a run and its ledger say after so many changes."""
+    moments = sorted({change.seconds for change in changes})
     steps = [event for event in events if event["kind"] == "step"]
     totals = ledger.totals()
     with_capacity = sum(totals.values()) - totals[Label.WAITING_FOR_CAPACITY]
@@ -65,19 +73,21 @@ def _figures(ledger: Ledger, events: list[dict[str, Any]], changes: list[Change]
     for recovery in ledger.recoveries:
         by_kind.setdefault(recovery.kind, []).append(recovery.seconds)
     return {
-        "changes": len(changes) - 1,
+        "changes": len(changes),
+        "median_interval_s": median(b - a for a, b in pairwise([0.0, *moments])) if moments else None,
         "goodput": ledger.goodput,
         "goodput_with_capacity": totals[Label.USEFUL] / with_capacity,
         "worker_seconds": {str(label): round(seconds, 1) for label, seconds in totals.items() if seconds},
         "steps": len(steps),
         "steps_done_again": ledger.steps_lost,
-        "tokens_in_history_twice": sum(b["step"] <= a["step"] for a, b in pairwise(steps)),
+        "rows_out_of_order": sum(a["last_row"] >= b["last_row"] for a, b in pairwise(steps)),
+        "steps_missing": steps[-1]["step"] + 1 - len(steps),
         "recoveries_s": {kind: _percentiles(seconds) for kind, seconds in by_kind.items()},
     }
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p90 = quantiles(seconds, n=10)[-1] if len(seconds) > 1 else seconds[0]
+    p90 = quantiles(seconds, n=10, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
     return {"events": len(seconds), "median": round(median(seconds), 1), "p90": round(p90, 1)}
 
 
@@ -90,9 +100,11 @@ def spot_lines(figures: dict[str, Any]) -> list[Line]:
         for kind, seen in figures["recoveries_s"].items()
     ]
     return [
+        Line("changes of the machines", f"{figures['changes']}", f"median interval {figures['median_interval_s']:g} s"),
         Line("useful worker time while there were machines", f"{figures['goodput_with_capacity']:.1%}", "goal 80 %"),
         Line("… of all worker time", f"{figures['goodput']:.1%}", shares),
         Line("steps done", f"{figures['steps']}", f"{figures['steps_done_again']} of them twice"),
-        Line("tokens that are in the history twice", f"{figures['tokens_in_history_twice']}", "goal 0"),
+        Line("rows that are in the history twice", f"{figures['rows_out_of_order']}", "goal 0"),
+        Line("steps that are missing in it", f"{figures['steps_missing']}", "goal 0"),
         *recoveries,
     ]

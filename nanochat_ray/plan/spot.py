@@ -4,7 +4,8 @@ trace = read_trace("trace.json")                           # nodes available, on
 simulate(trace, (2, 16), steps, step_seconds, costs)       # hours of training at the costs that were measured
 schedule(trace, speedup=60, minutes=10)                    # the same trace as events, to be acted out in minutes
 
-One node of the trace holds one worker. The labels are those of the goodput ledger (nanochat_ray/train/ledger.py).
+One node of the trace holds one worker (`Trace.with_workers` for more). The labels are those of the goodput ledger
+(nanochat_ray/train/ledger.py).
 """
 
 import json
@@ -44,11 +45,29 @@ class Costs:
     checkpoint_stall_s: float
 
 
-# Medians of `python -m jobs.bench recovery` on two simulated machines that share two cores, rounded up; a start from
-# nothing was read off the first lines of a run there.
-NOTICE_S, KILL_S, GROW_S, START_S = 6.0, 8.0, 4.0, 20.0
+# Medians of `python -m jobs.bench recovery` for a tiny model, 2.7, 4.3 and 3.0 s, rounded up; the last one is assumed.
+# A real model's state has to travel besides: see `costs_of`.
+NOTICE_S, KILL_S, GROW_S, START_S = 3.0, 5.0, 4.0, 20.0
+STATE_BYTES_PER_S = 1e9  # assumed, between a worker and the storage
 NOTICED_SHARE = 0.9  # assumed: clouds announce most preemptions, but not failures
 CHECKPOINT_STALL_S = 1.0  # assumed: weights and optimizer state are copied to the host, written in the background
+
+
+def costs_of(state_bytes: int, checkpoint_every_s: float) -> Costs:
+    """What interruptions cost a model whose checkpoints have so many bytes.
+
+    A new group reads one before its first step; one that leaves on purpose has written it first.
+    """
+    travel_s = state_bytes / STATE_BYTES_PER_S
+    return Costs(
+        notice_s=NOTICE_S + 2 * travel_s,
+        kill_s=KILL_S + travel_s,
+        grow_s=GROW_S + 2 * travel_s,
+        start_s=START_S + travel_s,
+        noticed_share=NOTICED_SHARE,
+        checkpoint_every_s=checkpoint_every_s,
+        checkpoint_stall_s=CHECKPOINT_STALL_S,
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,10 @@ class Trace:
     def beginning_at(self, sample: int) -> "Trace":
         """The same trace, going round from another of its numbers."""
         return Trace(self.nodes[sample:] + self.nodes[:sample], self.gap_s)
+
+    def with_workers(self, each: int) -> "Trace":
+        """How many workers there were, with so many on each node."""
+        return Trace(tuple(nodes * each for nodes in self.nodes), self.gap_s)
 
     def at_most(self, most: int) -> "Trace":
         """The trace of a user who never wants more than so many."""

@@ -11,7 +11,7 @@ from nanochat_ray.plan.record import Plan
 from nanochat_ray.plan.spot import LABELS, Costs, Trace, simulate
 
 STARTS = 24
-SOURCE = "measured by jobs.bench recovery on two simulated machines"
+SOURCE = "by jobs.bench recovery, plus the state to the storage and back at 1 GB/s"
 
 
 def step_seconds(plan: Plan, hardware: Hardware, workers: int) -> float:
@@ -80,25 +80,25 @@ def spot_table(title: str, figures: dict[str, Any]) -> str:
     spread = f"{duration(wall['least'])} to {duration(wall['most'])}"
     with_capacity = f"{figures['goodput_with_capacity']:.1%} while there are machines enough"
     rows = [
-        ("workers", f"{least}:{most}", "one on each machine of the trace; fewer than MIN wait"),
+        ("workers", f"{least}:{most}", "one on each GPU of the trace's machines; fewer than MIN wait"),
         ("wall time", duration(wall["median"]), f"median of {STARTS} starts spread over the trace: {spread}"),
         (
             "  without losses",
             duration(wall["calm"]),
             f"steps · ceil(G / {most}) · FLOPs of a micro-batch / (peak · MFU)",
         ),
-        ("time below MIN", duration(figures["below_min_s"]), f"with fewer than {least} machines; means from here on"),
+        ("time below MIN", duration(figures["below_min_s"]), f"with room for fewer than {least}; means from here on"),
         ("goodput", f"{figures['goodput']:.1%}", f"useful / all worker-seconds; {with_capacity}"),
-        ("losses with notice", f"{figures['notices']:.1f}", f"{costs['notice_s']:g} s of standstill each, {SOURCE}"),
+        ("losses with notice", f"{figures['notices']:.1f}", f"{costs['notice_s']:.0f} s of standstill each, {SOURCE}"),
         (
             "losses without",
             f"{figures['kills']:.1f}",
-            f"{costs['kill_s']:g} s; {1 - costs['noticed_share']:.0%} of losses",
+            f"{costs['kill_s']:.0f} s; {1 - costs['noticed_share']:.0%} of losses",
         ),
         (
             "growths",
             f"{figures['growths']:.1f}",
-            f"{costs['grow_s']:g} s; {costs['start_s']:g} s at every start from nothing",
+            f"{costs['grow_s']:.0f} s; {costs['start_s']:.0f} s at every start from nothing",
         ),
         (
             "checkpoint every",

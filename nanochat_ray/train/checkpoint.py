@@ -107,7 +107,7 @@ class Checkpoints:
 
         Raises:
             OSError: the storage refused; what was written is deleted if it can be, and invisible to readers anyway.
-            UserError: another attempt has taken the stage over.
+            UserError, GroupReplaced: as `Fence.require_current`.
         """
         place = self.folder / _name(state.cursor.step)
         if fence is not None:

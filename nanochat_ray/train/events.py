@@ -1,6 +1,6 @@
 """What happened, one JSON object per line in `<stage>/events.jsonl`, and the same curves for TensorBoard.
 
-Objects have a `kind`: start, step, eval, checkpoint, lost, leave, warning, finish. There is exactly one `step` object
+Objects have a `kind`: start, step, eval, checkpoint, lost, leave, finish. There is exactly one `step` object
 per optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
 `lost` object tells how many they were and how long they took. What else the time went to is in ledger.py: each `step`
 carries the `goodput` so far, `finish` the `worker_seconds` by label.
@@ -9,27 +9,38 @@ carries the `goodput` so far, `finish` the `worker_seconds` by label.
 import json
 import os
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from nanochat_ray.cli import warn
+from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder, retrying
+from nanochat_ray.train.lease import GroupReplaced
 from nanochat_ray.train.ledger import Ledger
 
 EVENTS = "events.jsonl"
+UPLOAD_EVERY_S = 10.0
 _CURVES = {"step": ("loss", "lr", "tok_per_s", "workers", "data_wait_s", "goodput"), "eval": ("val_bpb",)}
 
 
 class EventLog:
     """Appends events of one stage; one writer at a time (worker 0).
 
-    A local file is appended to line by line. Object stores cannot append: there the file is rewritten by `flush`.
+    A local file is appended to line by line. Object stores cannot append: there the file is rewritten by `flush`, and
+    by a thread every few seconds, for who watches the run, and so that a lost group's steps are known to the next one.
+
+    Args:
+        may_write: called before anything is written to an object store; raises when it may not be.
     """
 
-    def __init__(self, stage: Folder, resume_step: int):
-        self._stage = stage
+    def __init__(self, stage: Folder, resume_step: int, may_write: Callable[[], object] = lambda: None):
+        self._stage, self._may_write = stage, may_write
+        self._uploading, self._uploaded, self._closed = threading.Lock(), 0, threading.Event()
         events = without_repeated(read_events(stage), resume_step)
         self._ledger = Ledger(events)
         self._lines = [json.dumps(event) for event in events]
@@ -39,6 +50,8 @@ class EventLog:
             self._file = open(f"{stage}/{EVENTS}", "a", buffering=1)  # noqa: SIM115 (closed in close)
         self._board_folder = f"{stage}/tensorboard" if stage.is_local else tempfile.mkdtemp(prefix="tensorboard-")
         self._board = SummaryWriter(self._board_folder, purge_step=resume_step)
+        if self._file is None:
+            threading.Thread(target=self._keep_uploading, name="events", daemon=True).start()
 
     def append(self, kind: str, **fields: Any) -> None:
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
@@ -58,7 +71,7 @@ class EventLog:
                 self._board.add_scalar(f"{kind}/{curve}", event[curve], event["step"])
 
     def flush(self) -> None:
-        """Make everything appended so far durable; from any thread, but one at a time.
+        """Make everything appended so far durable; from any thread.
 
         Raises:
             UserError: the storage kept failing.
@@ -70,12 +83,23 @@ class EventLog:
         retrying(self._upload, self._stage, warn)
 
     def _upload(self) -> None:
-        self._stage.write(EVENTS, "".join(f"{line}\n" for line in self._lines))
-        for name in os.listdir(self._board_folder):
-            with open(os.path.join(self._board_folder, name), "rb") as file:
-                (self._stage / "tensorboard").write(name, file.read())
+        with self._uploading:
+            self._may_write()
+            lines = self._lines[:]
+            self._stage.write(EVENTS, "".join(f"{line}\n" for line in lines))
+            for name in os.listdir(self._board_folder):
+                with open(os.path.join(self._board_folder, name), "rb") as file:
+                    (self._stage / "tensorboard").write(name, file.read())
+            self._uploaded = len(lines)
+
+    def _keep_uploading(self) -> None:
+        while not self._closed.wait(UPLOAD_EVERY_S):
+            if len(self._lines) > self._uploaded:
+                with suppress(OSError, UserError, GroupReplaced):  # `flush` tries for minutes, and says what fails
+                    self._upload()
 
     def close(self) -> None:
+        self._closed.set()
         self.flush()
         self._board.close()
         if self._file is not None:

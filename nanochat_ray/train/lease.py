@@ -1,9 +1,11 @@
 """Who may write a stage: one attempt at a time, each with a higher number than the one before.
 
     <stage>/lease/000003.json      the highest number is the owner's; it renews the file while it lives
+    <stage>/lease/group.json       which of the owner's groups of workers writes: the last one that began
 
 A driver takes the lease before it writes or deletes anything. Its number fences off the attempt before: worker 0 asks
-for it right before a checkpoint becomes visible, so that an old writer that is cut off, but alive, changes nothing.
+for it right before a checkpoint becomes visible, so that an old writer that is cut off, but alive, changes nothing. The
+same holds between the groups of one attempt: a lost machine may still reach the storage.
 Clocks of different machines are never compared: a rival is alive when its file changes while we watch.
 """
 
@@ -16,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,16 @@ from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder, storage_failed
 
-FOLDER = "lease"
+FOLDER, GROUP = "lease", "group.json"
 RENEW_EVERY_S = 4.0
 TTL_S = 20.0  # without a renewal for so long the owner counts as dead; several renewals may get lost
 LOOK_EVERY_S = 0.5
 SETTLE_S = 2.0  # on object stores, between writing a lease and believing in it
 Record = dict[str, Any]
+
+
+class GroupReplaced(Exception):
+    """This worker's group counts as lost, and another has begun. Nobody need hear of it but this worker."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,27 @@ class Fence:
     stage: Folder
     number: int
     token: str  # of this attempt: on object stores two may write the same number
+    group: str | None = None  # of workers; None: for the driver
+
+    def for_new_group(self) -> "Fence":
+        """The fence of a group that begins; those of the attempt's groups before are worth nothing from now on."""
+        fence = replace(self, group=uuid.uuid4().hex)
+        (self.stage / FOLDER).write_json(GROUP, {"token": fence.token, "group": fence.group})
+        return fence
 
     def require_current(self) -> None:
-        """Check that no other attempt has taken the stage since.
+        """Check that no other attempt has taken the stage since, and no other group of this one has begun.
 
         Raises:
-            UserError: one has; names it.
+            UserError: another attempt has; names it.
+            GroupReplaced: another group has.
             OSError: the storage failed.
         """
+        self._require_attempt()
+        if self.group is not None and (self.stage / FOLDER).read_json(GROUP)["group"] != self.group:
+            raise GroupReplaced(f"another group of workers has begun to write {self.stage}")
+
+    def _require_attempt(self) -> None:
         number, record = _newest(self.stage)
         if number < self.number:
             raise UserError(f"the lease of {self.stage} is gone: its files were deleted under the run, which ends here")
@@ -60,7 +79,7 @@ class Fence:
 class Lease:
     """The right to write a stage, held and renewed by a thread of this process until the block ends.
 
-    with Lease.acquire(stage, run) as lease: ...
+    with Lease.acquire(stage) as lease: ...
     """
 
     def __init__(self, fence: Fence, record: Record, renew_every_s: float):

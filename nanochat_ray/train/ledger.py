@@ -116,6 +116,12 @@ class Ledger:
         elif kind == "checkpoint" and "stall_s" not in event:
             self._pause(event, Label.CHECKPOINT_STALL)
 
+    def close(self, at: float, label: Label) -> None:
+        """Account for the time since the last event: no other comes, and that is what it was spent on."""
+        self._settle_first_steps()
+        if self._group is not None:
+            self._spend(at, label)
+
     @property
     def goodput(self) -> float | None:
         """The useful share of all worker-seconds; None before the first one."""

@@ -34,17 +34,8 @@ from nanochat_ray.train.elastic import (
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
-from nanochat_ray.train.worker import (
-    FAILURE,
-    LAST_ERROR,
-    LOST_PEER,
-    WAITED,
-    load,
-    note_wait,
-    report_failure,
-    reported_failure,
-    train_on_worker,
-)
+from nanochat_ray.train.reports import REPORTS, note_wait, report_failure, reported_failure
+from nanochat_ray.train.worker import load, train_on_worker
 
 HEAD_AWAY_FOR_S = 50.0  # after 60 s Ray ends all processes of the cluster; until then a restarted head finds them again
 
@@ -106,7 +97,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
 
 
 def _clean_up(job: TrainingJob) -> None:
-    for leftover in ("ray", FAILURE, LAST_ERROR, LOST_PEER, WAITED):
+    for leftover in ("ray", *REPORTS):
         try:
             job.stage.delete(leftover)
         except OSError as error:  # a storage that fails must not hide why the run ended

@@ -132,7 +132,7 @@ class Saver:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             # Pinned memory is copied to at the bus's speed, and while the next copies are being queued.
             buffer = self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor, non_blocking=True)
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)  # `save` waits for CUDA's only
 
     def _run(self, state: TrainState, model: Tensors, optimizer: Tensors, began: float, stall_s: float) -> None:
         try:

@@ -45,19 +45,24 @@ from nanochat_ray.train.elastic import (
 )
 from nanochat_ray.train.events import EventLog, read_events
 from nanochat_ray.train.job import TrainingJob
+from nanochat_ray.train.lease import Fence, GroupReplaced
 from nanochat_ray.train.loop import LEAVE, SAVE, Hooks, train
 from nanochat_ray.train.out_of_memory import killed_advice, out_of_memory_advice
+from nanochat_ray.train.reports import (
+    LAST_ERROR,
+    LOST_PEER,
+    WAITED,
+    report,
+    report_failure,
+    reported,
+    reported_failure,
+)
 from nanochat_ray.train.restarts import why_to_give_up
 from nanochat_ray.train.saver import Saver
 from nanochat_ray.train.step import StepResult, World
 from nanochat_ray.train.watchdog import Watchdog
 
-FAILURE = "failure.json"  # why this attempt must not be restarted, written by the worker that knows
-LAST_ERROR = "last_error.json"  # what broke the last worker group
-LOST_PEER = "lost_peer.json"  # what the others saw of it, if it could not say so itself
-WAITED = "waited.json"  # for how long there were too few machines for the group that now begins
 LEAVE_MARGIN = 1.5  # of the time that the last step and its checkpoint should take, before a machine goes
-REPORT_WITHIN_S = 30.0  # the storage itself may be what has failed, for minutes already
 PEAK_AFTER_STEPS = 2  # by then the other processes of a group have started and left the cores alone
 
 
@@ -74,8 +79,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
             return  # a restart cannot help; the driver will say why
         worker = _Worker(job, config["most"], config["per_worker"])
         worker.run(entered)
-    except LeaveGroup:
-        raise  # Ray Train starts the next group; not an error of ours
+    except (LeaveGroup, GroupReplaced):
+        raise  # Ray Train starts the next group, or has; not an error of ours
     except UserError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a data task raised, with its remote traceback
         _end_run(job, str(cause))
@@ -88,7 +93,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
             return
         name = LOST_PEER if advice is None and is_lost_peer(error) else LAST_ERROR
         first_step = worker.state.cursor.step if worker is not None else None
-        _report(job, name, advice or f"{type(error).__name__}: {error}", first_step)
+        report(job, name, advice or f"{type(error).__name__}: {error}", first_step)
         raise
 
 
@@ -121,6 +126,7 @@ class _Worker:
         wanted = {"auto": None, "on": True, "off": False}[job.compile]
         self.losses, self.mode = compile_for_training(self.model, wanted, job.plan.flops)  # of all steps: also resumed
         self.validation: list[MicroBatch] | None = None
+        self.fence: Fence | None = None  # of this group
         self.events: EventLog | None = None
         self.saver: Saver | None = None
         self.save_seconds = 0.0  # of the last checkpoint, until it was committed
@@ -132,8 +138,8 @@ class _Worker:
         if self.mode == COMPILED:
             self.kernels = CompileCache.open(job.stage, job.plan, self.model.device, self.dtype)
         first_step = self.state.cursor.step
-        report = partial(_report, job, LAST_ERROR, step=first_step)
-        self.watchdog = Watchdog(job.stage, self.world.rank, first_step, report, job.patience)
+        say = partial(report, job, LAST_ERROR, step=first_step)
+        self.watchdog = Watchdog(job.stage, self.world.rank, first_step, say, job.patience)
         self.machines = machines_of_group()
         self.watch = Watch(self.machines, self.world.size, most, per_worker) if self.world.rank == 0 else None
 
@@ -145,7 +151,7 @@ class _Worker:
             assert self.watch is not None
             self.watch.patient = grew_in_vain(read_events(job.stage), job.attempt, world.size)
             checkpoints = Checkpoints.of(job.stage)
-            self.saver = Saver(checkpoints, job.keep_checkpoints, first_step, self.events.flush, job.fence)
+            self.saver = Saver(checkpoints, job.keep_checkpoints, first_step, self.events.flush, self.fence)
             self.events.append(
                 "start",
                 step=first_step,
@@ -157,7 +163,7 @@ class _Worker:
                 attempt=job.attempt,
                 attempt_began=job.attempt_began,
                 entered=round(entered, 3),
-                waited_for_capacity_s=float(_reported(job, WAITED) or 0),
+                waited_for_capacity_s=float(reported(job, WAITED) or 0),
                 machines=self.machines,  # by rank
             )
             self.events.flush()  # `_require_progress` of the next group counts it
@@ -188,7 +194,7 @@ class _Worker:
     def _require_progress(self) -> None:
         """Machines may be lost for ever without an end to the run; a mistake that repeats itself ends it."""
         job, step = self.job, self.state.cursor.step
-        error, seen_by_peers = _reported(job, LAST_ERROR, step), _reported(job, LOST_PEER, step)
+        error, seen_by_peers = reported(job, LAST_ERROR, step), reported(job, LOST_PEER, step)
         why = why_to_give_up(
             read_events(job.stage), job.attempt, step, error or killed_advice(job.plan, seen_by_peers), _usable_machines
         )
@@ -205,6 +211,7 @@ class _Worker:
         job, step = self.job, self.state.cursor.step
         if job.fence is not None:
             job.fence.require_current()
+            self.fence = job.fence.for_new_group()
         checkpoints = Checkpoints.of(job.stage)
         planned_step = checkpoints.newest_whole(_ignore) or 0
         checkpoints.delete_after(step)
@@ -216,7 +223,7 @@ class _Worker:
         for event in events:
             if event["kind"] == "checkpoint" and "stall_s" in event:  # what they cost the groups before
                 self._note_saved(event["seconds"], event["stall_s"])
-        return EventLog(job.stage, step)
+        return EventLog(job.stage, step, self.fence.require_current if self.fence is not None else _nobody_else)
 
     def _note_saved(self, seconds: float, stall_s: float) -> None:
         self.save_seconds = seconds
@@ -349,6 +356,10 @@ class _Worker:
         self.stall_s = 0.0
 
 
+def _nobody_else() -> None:
+    """For a stage without a lease."""
+
+
 def _usable_machines() -> AbstractSet[str]:
     return look_at_machines().usable.keys()
 
@@ -360,40 +371,3 @@ def _ignore(message: str) -> None:
 def _endless(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     yield from batches
     raise RuntimeError("the planned unit visits are used up; the worker group restarts and plans the next ones")
-
-
-def note_wait(job: TrainingJob, seconds: float) -> None:
-    """Tell the next group for how long there were too few machines for it."""
-    try:
-        job.stage.write_json(WAITED, {"attempt": job.attempt, "message": f"{seconds:.3f}"})
-    except OSError as error:  # only the account suffers; who trains finds the storage out
-        warn(f"the wait of {seconds:.0f} s for machines was not noted ({error})")
-
-
-def report_failure(job: TrainingJob, message: str) -> None:
-    """Leave word that restarting this attempt cannot help, and why."""
-    _report(job, FAILURE, message)
-
-
-def reported_failure(job: TrainingJob) -> str | None:
-    """Why this attempt must not be restarted; None while it may."""
-    return _reported(job, FAILURE)
-
-
-def _report(job: TrainingJob, name: str, message: str, step: int | None = None) -> None:
-    report = {"attempt": job.attempt, "step": step, "message": message}
-    retrying(lambda: job.stage.write_json(name, report), job.stage, warn, REPORT_WITHIN_S)
-
-
-def _reported(job: TrainingJob, name: str, step: int | None = None) -> str | None:
-    """What this attempt left in a file; an earlier one that was killed may have left it there, too.
-
-    Args:
-        step: None, or where the group that left it must have begun.
-    """
-    try:
-        report = retrying(lambda: job.stage.read_json(name), job.stage, warn)
-    except FileNotFoundError:
-        return None
-    own = report["attempt"] == job.attempt and (step is None or report.get("step") == step)
-    return report["message"] if own else None
