@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_ray.storage import Folder
-from nanochat_ray.train.watchdog import EXIT_CODE, PATIENCE, STACKS, Patience, Watchdog, stacks_of_all_threads
+from nanochat_ray.train.watchdog import (
+    EXIT_CODE,
+    PATIENCE,
+    SAVE_WITHIN_S,
+    STACKS,
+    Patience,
+    Watchdog,
+    stacks_of_all_threads,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,16 +102,18 @@ def test_evaluations_and_checkpoints_count_as_life_and_not_as_steps(tmp_path):
     assert world.reports == []
 
 
-def test_a_worker_that_waits_for_the_checkpoint_before_does_not_hang_until_it_goes_on(tmp_path):
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_worker_that_waits_for_a_checkpoint_may_do_so_as_long_as_the_storage_is_tried_again(tmp_path, goes_on):
     world = World(Folder.at(tmp_path))
     world.steps([1.0] * 5)
     world.watchdog.pause()
-    world.now += 10_000
+    world.now += SAVE_WITHIN_S
     world.watchdog.check()
-    world.watchdog.beat()
-    world.steps([1.0], first=5)
+    if goes_on:
+        world.watchdog.beat()
+        world.steps([1.0], first=5)
     world.now += PATIENCE.floor_s + 1
-    with pytest.raises(Left):
+    with pytest.raises(Left):  # in both cases counted from here
         world.watchdog.check()
 
 

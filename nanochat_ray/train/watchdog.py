@@ -6,7 +6,6 @@ stands and what happened, and ends the process; Ray Train then starts the next g
 cannot see is native code that hangs while it holds Python's lock, since then this thread stands still, too.
 """
 
-import math
 import os
 import sys
 import threading
@@ -19,10 +18,11 @@ from statistics import median
 from typing import NoReturn
 
 from nanochat_ray.cli import warn
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import RETRY_FOR_S, Folder
 
 STACKS = "stacks"
 EXIT_CODE = 70  # EX_SOFTWARE; the process that Ray Train finds dead
+SAVE_WITHIN_S = 2 * RETRY_FOR_S  # a write that is tried again for so long raises by itself; one that hangs does not
 _RECENT_STEPS = 20
 _CHECK_EVERY_S = 1.0
 _GRACE_S, _GRACE_FRACTION = 5.0, 0.05  # of the limit: the medians of two workers differ a little
@@ -85,8 +85,8 @@ class Watchdog:
         self._beat = self._clock()
 
     def pause(self) -> None:
-        """Silence is right until the next beat: the worker waits for what may take long."""
-        self._beat = math.inf
+        """The worker waits for a checkpoint, of which a failing storage may make minutes; until the next beat."""
+        self._beat = self._clock() + SAVE_WITHIN_S
 
     def step_ended(self, step: int) -> None:
         """As `beat`, after the update of `step`."""

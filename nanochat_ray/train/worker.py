@@ -315,7 +315,7 @@ class _Worker:
         return request
 
     def _leave(self) -> None:
-        self.watchdog.stop()  # worker 0 may take long to save
+        self.watchdog.pause()  # worker 0 may take long to save
         self._log_saved(wait=True)
         self.world.meet()  # nobody leaves before worker 0 has saved: Ray ends a group at its first error
         if self.events is not None:
