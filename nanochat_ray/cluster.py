@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ _LOCAL_RAY_ENVIRONMENT = {
 _LOCAL_OBJECT_STORE_BYTES = 256 << 20
 _LOCAL_WORKERS_PER_CORE = 4
 _CPUS_FOR_DATA = 2
+ANSWER_WITHIN_S, JOIN_WITHIN_S = 0.5, 10.0  # a machine in the same region answers in milliseconds
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -146,7 +148,19 @@ def preloading(function: Callable[[], None]) -> dict[str, Any]:
     return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{function.__module__}.{function.__name__}"}}
 
 
+def answers(host: str, port: int, within_s: float = ANSWER_WITHIN_S) -> bool:
+    """Whether something listens there, and says so at once."""
+    try:
+        socket.create_connection((host, port), timeout=within_s).close()
+    except OSError:
+        return False
+    return True
+
+
 def _join(address: str | None, preload: Callable[[], None] | None) -> None:
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit() and "/" not in host and not answers(host, int(port), JOIN_WITHIN_S):
+        raise UserError(f"no Ray cluster answers at {address}; check --address")  # Ray would try for minutes
     runtime_env = preloading(preload) if preload else {"env_vars": {}}
     runtime_env["env_vars"] |= {name: os.environ[name] for name in _WORKER_ENVIRONMENT}
     if address is not None:  # else `ray job submit` has uploaded the code

@@ -155,6 +155,23 @@ def test_the_driver_follows_the_events_of_this_attempt_only(stage, capsys):
     assert "step 1/4" not in shown
 
 
+def test_a_new_group_says_what_became_of_the_one_before(capsys):
+    line = ProgressLine(total_steps=150, terminal=False)
+    start = {"kind": "start", "workers": 2, "dtype": "bf16", "mode": "eager"}
+    for step, leave in ((0, None), (3, None), (6, "notice"), (9, "growth")):
+        if leave:
+            line.show({"kind": "leave", "why": leave})
+        line.show({**start, "step": step})
+        line.show({"kind": "step", **step_event(step)})
+    said = [text for text in capsys.readouterr().out.splitlines() if "worker(s)" in text]
+    assert [text.partition("eager")[2] for text in said] == [
+        "",
+        "; continuing at step 3 after workers were lost",
+        "; continuing at step 6 after the notice of a machine",
+        "; continuing at step 9 after more machines came",
+    ]
+
+
 @pytest.mark.parametrize("steps_after", [1, 40])  # the file is then shorter or longer than before
 def test_what_was_shown_is_not_shown_again_when_lost_steps_are_taken_out(stage, capsys, monkeypatch, steps_after):
     monkeypatch.setattr("nanochat_ray.train.progress._POLL_S", {"local": 0.02})

@@ -189,6 +189,14 @@ def test_a_checkpoint_of_another_plan_is_refused_with_the_difference(workplace, 
     assert (calm / "base").read_json("plan.json")["depth"] == 2
 
 
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again_by_itself(workplace, calm, capsys):
+    folder = new_run(workplace, "gone")
+    (folder / "base").write("events.jsonl", (calm / "base").read("events.jsonl"))
+    assert pretrain_run(workplace, "gone") == 1
+    assert "was saved at step 30, but its folder checkpoints/ holds none" in capsys.readouterr().err
+    assert (folder / "base").read("events.jsonl") == (calm / "base").read("events.jsonl")
+
+
 def test_another_corpus_is_refused(workplace, calm, capsys, tmp_path):
     write_corpus(tmp_path / "other")
     pq.write_table(pa.table({"text": ["something else entirely"] * 30}), tmp_path / "other" / "shard_1.parquet")

@@ -6,7 +6,6 @@ never loses work to a resize or a spot notice: worker 0 watches the machines, an
 to save, and to leave when their machines' time is over or when more could take part.
 """
 
-import socket
 import threading
 import time
 from collections import Counter
@@ -27,10 +26,10 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
 from nanochat_ray.cli import warn
+from nanochat_ray.cluster import answers
 from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
 
 WATCH_EVERY_S = 1.0
-ANSWER_WITHIN_S = 0.5  # a machine in the same region answers in milliseconds
 # Machines often come in groups, and leaving for each of them would cost a restart each. Meanwhile a new one loads the
 # libraries (spares.py); what it has not loaded when the group leaves, the group stands still for.
 STEADY_FOR_S = 6.0
@@ -97,15 +96,6 @@ def look_at_machines() -> Machines:
         if name not in leaving and answers(node["NodeManagerAddress"], node["NodeManagerPort"])
     }
     return Machines(usable, leaving)
-
-
-def answers(host: str, port: int) -> bool:
-    """Whether something listens there, and says so at once."""
-    try:
-        socket.create_connection((host, port), timeout=ANSWER_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
 
 
 class Watch:

@@ -14,6 +14,7 @@ from nanochat_ray.storage import Folder
 from nanochat_ray.train.events import EVENTS
 
 _POLL_S = {"local": 0.5, "remote": 5.0}
+LOST, LEFT = "workers were lost", {"notice": "the notice of a machine", "growth": "more machines came"}
 _PLAIN_LINE_EVERY_S = 10.0  # where the output is a log and not a terminal
 
 
@@ -40,6 +41,7 @@ class ProgressLine:
         self._terminal = sys.stdout.isatty() if terminal is None else terminal
         self._val_bpb: float | None = None
         self._recent_seconds: deque[float] = deque(maxlen=20)  # of steps; their median ignores a slow first one
+        self._group_ended = LOST
         self._printed_at = 0.0
         self._open = False
 
@@ -47,7 +49,11 @@ class ProgressLine:
         kind = event["kind"]
         if kind == "start":
             again = f"; continuing at step {event['step']}" if event["step"] else ""
-            self._print(f"{event['workers']} worker(s), {event['dtype']}, {event['mode']}{again}")
+            why = f" after {self._group_ended}" if self._recent_seconds else ""
+            self._print(f"{event['workers']} worker(s), {event['dtype']}, {event['mode']}{again}{why}")
+            self._group_ended = LOST
+        elif kind == "leave":
+            self._group_ended = LEFT[event["why"]]
         elif kind == "eval":
             self._val_bpb = event["val_bpb"]
         elif kind == "step":

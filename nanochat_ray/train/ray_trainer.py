@@ -18,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from nanochat_ray.cli import warn
-from nanochat_ray.cluster import Cluster, preloading, require_room
+from nanochat_ray.cluster import Cluster, answers, preloading, require_room
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
@@ -28,9 +28,9 @@ from nanochat_ray.train.elastic import (
     LOOK_ERRORS,
     WATCH_EVERY_S,
     ElasticTrainer,
-    answers,
     look_at_machines,
 )
+from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease, clear_stage
 from nanochat_ray.train.progress import live_progress
@@ -59,6 +59,8 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     if state is not None and state.cursor.step == job.plan.steps:
         print(f"{job.stage} is trained: {job.plan.steps} steps are done (--fresh starts anew)")
         return False
+    if state is None and not fresh:
+        _require_no_checkpoint_lost(job)
     resources = require_workers(cluster, workers)
     if fresh:
         clear_stage(job.stage)
@@ -96,13 +98,23 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     return True
 
 
+def _require_no_checkpoint_lost(job: TrainingJob) -> None:
+    """To begin again where there was a checkpoint must be the user's own decision: it discards the events."""
+    saved = [event["step"] for event in read_events(job.stage) if event["kind"] == "checkpoint"]
+    if saved:
+        raise UserError(
+            f"{job.stage} was saved at step {max(saved)}, but its folder checkpoints/ holds none with a manifest any "
+            "more: restore one, use another --run, or start anew with --fresh"
+        )
+
+
 def _clean_up(job: TrainingJob) -> None:
-    for leftover in ("ray", *REPORTS):
-        try:
-            job.stage.delete(leftover)
-        except OSError as error:  # a storage that fails must not hide why the run ended
-            warn(f"{leftover} was left in {job.stage} ({error})")
-            return
+    try:
+        for name in job.stage.list():
+            if name == "ray" or name.startswith(REPORTS):  # also what a killed worker was about to write
+                job.stage.delete(name)
+    except OSError as error:  # a storage that fails must not hide why the run ended
+        warn(f"reports of workers were left in {job.stage} ({error})")
 
 
 def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]) -> None:
