@@ -25,15 +25,13 @@ class NumberedRows:
 
 @dataclass(frozen=True)
 class HangingRows:
-    """The rows of another source, but who is the first to ask for one of the units waits for ever."""
+    """The rows of another source, but whoever asks for one of the units waits until a file or folder appears."""
 
     source: RowSource
     unit: Unit
-    asked: Path  # appears when somebody has
+    until: Path
 
     def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-        if unit == self.unit and not self.asked.exists():
-            self.asked.touch()
-            while True:
-                time.sleep(0.1)
+        while unit == self.unit and not self.until.exists():
+            time.sleep(0.1)
         return self.source.rows(unit)

@@ -146,24 +146,25 @@ def test_a_killed_run_goes_on_with_three_workers_when_the_command_is_given_again
     assert_same_history(folder, calm)
 
 
-def test_a_worker_that_hangs_is_ended_and_the_run_goes_on_from_its_checkpoint(workplace, calm, monkeypatch, tmp_path):
+def test_a_worker_that_hangs_is_ended_and_the_run_goes_on_from_its_checkpoint(workplace, calm, monkeypatch):
+    folder = new_run(workplace, "hangs")
+    stacks = Path(f"{folder}/base/{STACKS}")  # what the watchdog writes
+
     def with_a_unit_that_hangs(args, source, train_units, **given):
-        source = HangingRows(source, train_units[2], tmp_path / "asked")  # it is reached at about the 13th step
-        patience = Patience(floor_s=3, first_s=60)
+        source = HangingRows(source, train_units[2], stacks)  # it is reached at about the 13th step
+        patience = Patience(floor_s=5, first_s=60)
         return from_flags(args, source=source, train_units=train_units, patience=patience, **given)
 
     from_flags = TrainingJob.from_flags
     monkeypatch.setattr(TrainingJob, "from_flags", staticmethod(with_a_unit_that_hangs))
-    folder = new_run(workplace, "hangs")
     assert pretrain_run(workplace, "hangs", "--checkpoint-every", "0") == 0
     assert_same_history(folder, calm)
     groups = [event["step"] for event in read_events(folder / "base") if event["kind"] == "start"]
     assert len(groups) == 2
     assert 5 < groups[1] < STEPS
-    (name,) = (folder / "base" / STACKS).list()
-    stacks = (folder / "base" / STACKS).read(name).decode()
-    assert "no step ended for" in stacks
-    assert "read_micro_batches" in stacks
+    (written,) = stacks.iterdir()
+    assert "no step ended for" in written.read_text()
+    assert "read_micro_batches" in written.read_text()
 
 
 def test_a_finished_run_is_not_done_again(workplace, calm, capsys):
