@@ -70,7 +70,10 @@ def keep_something(stage: Folder) -> CompileCache:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(compile_obstacle(CPU)), reason=f"nothing can be compiled: {compile_obstacle(CPU)}")
+@pytest.mark.skipif(
+    bool(compile_obstacle(CPU)) and not os.environ.get("CI"),  # there it fails, with the compiler's own words
+    reason=f"nothing can be compiled: {compile_obstacle(CPU)}",
+)
 def test_a_machine_that_joins_compiles_nothing_that_the_run_has_compiled_before(tmp_path):
     def step_on(machine: str) -> dict:
         environment = {

@@ -1,5 +1,7 @@
 """When a group of workers saves and leaves: counted from machines that answer and stay. Pure; no cluster."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
@@ -157,9 +159,16 @@ def test_a_head_or_machine_that_is_just_going_does_not_end_the_run(monkeypatch, 
     machines.append(RuntimeError("the head is away"))
     WaitUntilGivenBack(WORKER).after_worker_group_shutdown(None)
 
-    def spares(group):
+    asked = []
+
+    def execute_async(function):
+        asked.append(function)
         raise RuntimeError("the machine of worker 0 has gone")
 
-    monkeypatch.setattr(policy, "_keep_spares", spares)
-    assert isinstance(policy.make_decision_for_running_worker_group(None), NoopDecision)
-    assert "the machine of worker 0 has gone" in capsys.readouterr().err
+    worker = SimpleNamespace(metadata=SimpleNamespace(node_id="a"), execute_async=execute_async)
+    group = SimpleNamespace(start_time=1.0, workers=[worker])
+    monkeypatch.setattr(elastic.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "head"))
+    for looks in (1, 2):
+        assert isinstance(policy.make_decision_for_running_worker_group(group), NoopDecision)
+        assert "the machine of worker 0 has gone" in capsys.readouterr().err
+        assert len(asked) == looks  # again each time: nothing of the group is taken for known

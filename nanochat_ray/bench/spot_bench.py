@@ -99,8 +99,10 @@ def spot_lines(figures: dict[str, Any]) -> list[Line]:
         Line(f"standstill, {kind}", f"{seen['median']} s (p90 {seen['p90']})", f"{seen['events']} times")
         for kind, seen in figures["recoveries_s"].items()
     ]
+    seconds = figures["median_interval_s"]
+    interval = "" if seconds is None else f"median interval {seconds:g} s"
     return [
-        Line("changes of the machines", f"{figures['changes']}", f"median interval {figures['median_interval_s']:g} s"),
+        Line("changes of the machines", f"{figures['changes']}", interval),
         Line("useful worker time while there were machines", f"{figures['goodput_with_capacity']:.1%}", "goal 80 %"),
         Line("… of all worker time", f"{figures['goodput']:.1%}", shares),
         Line("steps done", f"{figures['steps']}", f"{figures['steps_done_again']} of them twice"),

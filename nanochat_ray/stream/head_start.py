@@ -1,7 +1,7 @@
 """A head start on a pipeline that takes seconds to begin: its first items, made on the spot, until it has caught up.
 
-After every restart of a group Ray Data needs three to four seconds before its first micro-batch, most of them to start
-its own processes and plan; a worker that reads, tokenizes and packs its first unit itself needs less than one. Both are
+After a restart of a group the first step used to end four seconds after its workers began, since Ray Data had to begin,
+too; with a worker that reads, tokenizes and packs its first unit itself it takes two (`jobs.bench recovery`). Both are
 the same sequence, so it does not matter who makes an item. No Ray here.
 """
 

@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat_ray.cli import warn
 from nanochat_ray.cluster import answers
-from nanochat_ray.train.spares import BESIDE_CONTROLLER, Spares
+from nanochat_ray.train.spares import ANSWER_WITHIN_S, BESIDE_CONTROLLER, Spares
 
 WATCH_EVERY_S = 1.0
 # Machines often come in groups, and leaving for each of them would cost a restart each. Meanwhile a new one loads the
@@ -213,10 +213,12 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
         now, here = time.monotonic(), ray.get_runtime_context().get_node_id()
         own = Counter(worker.metadata.node_id for worker in group.workers)
         if group.start_time != self._group:
+            # First, since it may fail, and is then asked for again.
+            asked = group.workers[0].execute_async(_environment_of_process)
+            self._environment = ray.get(asked, timeout=ANSWER_WITHIN_S)
             self._group, self._next_look, self._settled_at = group.start_time, now, now + SPARES_AFTER_S
             self._spare_workers.taken(own)
             self._spares_beside.taken({here: BESIDE_CONTROLLER})
-            self._environment = ray.get(group.workers[0].execute_async(_environment_of_process))
         if now < self._next_look:
             return
         self._next_look = now + WATCH_EVERY_S
@@ -251,9 +253,9 @@ class WaitUntilGivenBack(WorkerGroupCallback):
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         with suppress(*LOOK_ERRORS):  # the policy looks again, and says so
-            self._wait()
+            self._wait_until_given_back()
 
-    def _wait(self) -> None:
+    def _wait_until_given_back(self) -> None:
         until = time.monotonic() + SETTLE_S
         places = look_at_machines().places_by_machine(self._per_worker)
         while time.monotonic() < until:

@@ -1,7 +1,7 @@
 """What happened, one JSON object per line in `<stage>/events.jsonl`, and the same curves for TensorBoard.
 
-Objects have a `kind`: start, step, eval, checkpoint, lost, leave, finish. There is exactly one `step` object
-per optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
+Objects have a `kind`: start, step, eval, checkpoint, lost, leave, finish. There is exactly one `step` object per
+optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
 `lost` object tells how many they were and how long they took. What else the time went to is in ledger.py: each `step`
 carries the `goodput` so far, `finish` the `worker_seconds` by label.
 """
@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 
 from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
-from nanochat_ray.storage import Folder, retrying
+from nanochat_ray.storage import RETRY_FOR_S, Folder, retrying
 from nanochat_ray.train.lease import GroupReplaced
 from nanochat_ray.train.ledger import Ledger
 
@@ -70,7 +70,7 @@ class EventLog:
             if event.get(curve) is not None:
                 self._board.add_scalar(f"{kind}/{curve}", event[curve], event["step"])
 
-    def flush(self) -> None:
+    def flush(self, retry_for_s: float = RETRY_FOR_S) -> None:
         """Make everything appended so far durable; from any thread.
 
         Raises:
@@ -80,7 +80,7 @@ class EventLog:
         if self._file is not None:
             self._file.flush()
             return
-        retrying(self._upload, self._stage, warn)
+        retrying(self._upload, self._stage, warn, retry_for_s)
 
     def _upload(self) -> None:
         with self._uploading:

@@ -115,8 +115,8 @@ class _Tail:
 
     def new_lines(self) -> list[bytes]:
         """The complete lines since the last call."""
-        filesystem, path = (self._stage / EVENTS).open()
         try:
+            filesystem, path = (self._stage / EVENTS).open()
             with filesystem.open_input_file(path) as file:
                 begin = self._end - len(self._last)
                 file.seek(min(begin, file.size()))

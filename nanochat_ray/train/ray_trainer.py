@@ -7,7 +7,6 @@ there; what a worker does is in worker.py, when a group changes its size in elas
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
@@ -88,7 +87,7 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     )
     try:
         with live_progress(job.stage, job.plan.steps):
-            _fit(trainer, cluster, partial(_say_whether_to_wait, resources, workers[0]))
+            _fit(trainer, cluster, resources, workers[0])
         _raise_reported_failure(job)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         _raise_reported_failure(job)
@@ -117,13 +116,10 @@ def _clean_up(job: TrainingJob) -> None:
         warn(f"reports of workers were left in {job.stage} ({error})")
 
 
-def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]) -> None:
-    """Run in a thread, so that Ctrl-C ends the wait at once and `connect` ends the rest.
+def _fit(trainer: ElasticTrainer, cluster: Cluster, per_worker: dict[str, float], least: int) -> None:
+    """Run in a thread, so that Ctrl-C ends the wait at once and `connect` ends the rest; watch the cluster meanwhile.
 
     In the main thread Ray Train would ask its controller to stop, which hears nothing while it waits for machines.
-
-    Args:
-        look: called every second with what it returned the last time, at first False.
 
     Raises:
         UserError: the cluster's head is lost. Ray would end this process a little later, with no word on what to do.
@@ -138,10 +134,16 @@ def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]
 
     threading.Thread(target=run, daemon=True).start()
     host, port = cluster.address.rsplit(":", 1)
-    seen, waits = time.monotonic(), False
+    seen, told = time.monotonic(), False
     while not wait([outcome], timeout=WATCH_EVERY_S).done:
         if answers(host, int(port)):
-            seen, waits = time.monotonic(), look(waits)
+            seen = time.monotonic()
+            room = _room(per_worker, least)
+            if room < least and not told:
+                print(
+                    f"waiting for machines: there is room for {room} workers, at least {least} are needed", flush=True
+                )
+            told = room < least
         elif time.monotonic() - seen > HEAD_AWAY_FOR_S:
             raise _head_is_lost(cluster)
     error = outcome.exception()
@@ -150,15 +152,12 @@ def _fit(trainer: ElasticTrainer, cluster: Cluster, look: Callable[[bool], bool]
     outcome.result()
 
 
-def _say_whether_to_wait(per_worker: dict[str, float], least: int, waits: bool) -> bool:
-    """Whether there are too few machines for a group; tells the user when that begins."""
+def _room(per_worker: dict[str, float], least: int) -> int:
+    """For how many workers there is room, or `least` when the head has just gone, which the next look will find."""
     try:
-        places = look_at_machines().places(per_worker, least)
-    except LOOK_ERRORS:  # the head has just gone, which the next look will find
-        return waits
-    if places < least and not waits:
-        print(f"waiting for machines: there is room for {places} workers, at least {least} are needed", flush=True)
-    return places < least
+        return look_at_machines().places(per_worker, least)
+    except LOOK_ERRORS:
+        return least
 
 
 def _head_is_lost(cluster: Cluster) -> UserError:

@@ -2,9 +2,9 @@
 
 Workers agree through one all-reduce of a table of integers in which each micro-batch's line is written by the worker
 that ran it and zero elsewhere: row ids, digest, loss bits, target count. Below them each worker has a line of its own:
-what it asks for, and how long it waited. So every worker sees the same losses in the
-same order, bit for bit, whatever the world size; and rows of a unit that are missing, repeated or exchanged, or units
-out of order, are noticed at the step where it happens.
+what it asks for, and how long it waited. So every worker sees the same losses in the same order, bit for bit, whatever
+the world size; and rows of a unit that are missing, repeated or exchanged, or units out of order, are noticed at the
+step where it happens.
 """
 
 import math

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import astuple
 from functools import partial
 from itertools import islice
@@ -51,6 +52,7 @@ from nanochat_ray.train.out_of_memory import killed_advice, out_of_memory_advice
 from nanochat_ray.train.reports import (
     LAST_ERROR,
     LOST_PEER,
+    REPORT_WITHIN_S,
     WAITED,
     report,
     report_failure,
@@ -83,13 +85,13 @@ def train_on_worker(config: dict[str, Any]) -> None:
         raise  # Ray Train starts the next group, or has; not an error of ours
     except UserError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a data task raised, with its remote traceback
-        _end_run(job, str(cause))
+        _end_run(job, str(cause), worker)
     except Exception as error:
         advice = out_of_memory_advice(error, job.plan)
         if isinstance(error, OSError) and is_full(error):
             advice = str(storage_failed(job.stage, error))
         if advice is not None and not isinstance(error, ray.exceptions.RayError):  # of a task, another try may help
-            _end_run(job, advice)
+            _end_run(job, advice, worker)
             return
         name = LOST_PEER if advice is None and is_lost_peer(error) else LAST_ERROR
         first_step = worker.state.cursor.step if worker is not None else None
@@ -97,10 +99,13 @@ def train_on_worker(config: dict[str, Any]) -> None:
         raise
 
 
-def _end_run(job: TrainingJob, message: str) -> None:
+def _end_run(job: TrainingJob, message: str, worker: "_Worker | None") -> None:
     report_failure(job, message)
     if dist.is_initialized():
         dist.destroy_process_group()  # so that workers waiting in a collective stop waiting
+    if worker is not None and worker.events is not None:
+        with suppress(UserError, GroupReplaced):  # the run ends for another reason, which has been told
+            worker.events.flush(REPORT_WITHIN_S)
 
 
 class _Worker:
@@ -209,9 +214,9 @@ class _Worker:
                 that, and has planned the stream from there. It is gone now, so that the next group begins as planned.
         """
         job, step = self.job, self.state.cursor.step
-        if job.fence is not None:
-            job.fence.require_current()
-            self.fence = job.fence.for_new_group()
+        assert job.fence is not None, "the driver holds the lease"
+        job.fence.require_current()
+        self.fence = job.fence.for_new_group()
         checkpoints = Checkpoints.of(job.stage)
         planned_step = checkpoints.newest_whole(_ignore) or 0
         checkpoints.delete_after(step)
@@ -223,7 +228,7 @@ class _Worker:
         for event in events:
             if event["kind"] == "checkpoint" and "stall_s" in event:  # what they cost the groups before
                 self._note_saved(event["seconds"], event["stall_s"])
-        return EventLog(job.stage, step, self.fence.require_current if self.fence is not None else _nobody_else)
+        return EventLog(job.stage, step, self.fence.require_current)
 
     def _note_saved(self, seconds: float, stall_s: float) -> None:
         self.save_seconds = seconds
@@ -354,10 +359,6 @@ class _Worker:
             mfu=round(flops_per_s / self.peak_flops, 4) if self.peak_flops else None,
         )
         self.stall_s = 0.0
-
-
-def _nobody_else() -> None:
-    """For a stage without a lease."""
 
 
 def _usable_machines() -> AbstractSet[str]:
