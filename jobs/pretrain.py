@@ -43,22 +43,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.stream.rows import PretrainingRows
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.job import TrainingJob, training_figures
+    from nanochat_ray.train.lease import Lease
     from nanochat_ray.train.ray_trainer import run_training
 
     run.require_writable()
     tokenizer = Tokenizer.load(run / "tokenizer")
     corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
-    job = TrainingJob.from_flags(
-        args,
-        stage=base,
-        plan=plan,
-        tokenizer=tokenizer,
-        source=PretrainingRows(tokenizer, plan.model.sequence_len),
-        train_units=corpus.train,
-        validation_units=corpus.validation,
-        corpus_fingerprint=corpus.fingerprint,
-    )
-    with connect(args.address, workers[1], ray_stream.load) as cluster:
+    with Lease.acquire(base) as lease, connect(args.address, workers[1], ray_stream.load) as cluster:
+        job = TrainingJob.from_flags(
+            args,
+            stage=base,
+            plan=plan,
+            tokenizer=tokenizer,
+            source=PretrainingRows(tokenizer, plan.model.sequence_len),
+            train_units=corpus.train,
+            validation_units=corpus.validation,
+            corpus_fingerprint=corpus.fingerprint,
+            fence=lease.fence,
+        )
         print(f"{cluster.describe()}; corpus {corpus.name}: {len(corpus.train):,} units")
         unchanged = not run_training(job, cluster, workers, args.fresh)
     return {**training_figures(base), "unchanged": unchanged, "artifacts": {"base": str(base)}}

@@ -23,6 +23,7 @@ from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Checkpoints
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
+from nanochat_ray.train.lease import Lease
 from nanochat_ray.train.watchdog import STACKS, Patience
 from tests.small_corpus import write_corpus
 from tests.stream_fakes import HangingRows
@@ -188,6 +189,17 @@ def test_a_checkpoint_of_another_plan_is_refused_with_the_difference(workplace, 
     assert said in capsys.readouterr().err
     assert (calm / "base").read("events.jsonl") == before
     assert (calm / "base").read_json("plan.json")["depth"] == 2
+
+
+def test_a_second_command_on_a_run_is_refused_before_it_starts_a_cluster(workplace, capsys, monkeypatch):
+    def must_not_start(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("nanochat_ray.cluster.connect", must_not_start)
+    folder = new_run(workplace, "busy")
+    with Lease.acquire(folder / "base"):
+        assert pretrain_run(workplace, "busy") == 1
+    assert "two writers would destroy each other's work" in capsys.readouterr().err
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again_by_itself(workplace, calm, capsys):

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -25,6 +26,7 @@ from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import build_model
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
+from nanochat_ray.train.lease import Lease
 from nanochat_ray.train.loop import Cadence
 from nanochat_ray.train.ray_trainer import run_training
 from nanochat_ray.train.step import World, run_step
@@ -63,9 +65,11 @@ def measure_training(
         compiled: with torch.compile, as long runs are, whose few minutes of compilation pay.
     """
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+    with ExitStack() as block:
+        stage = Folder.at(block.enter_context(tempfile.TemporaryDirectory())) / "base"
+        watch, lease = block.enter_context(Watch()), block.enter_context(Lease.acquire(stage))
         job = TrainingJob(
-            stage=Folder.at(folder) / "base",
+            stage=stage,
             plan=plan,
             tokenizer=tokenizer,
             source=source,
@@ -77,6 +81,7 @@ def measure_training(
             keep_checkpoints=1,
             dtype=dtype,
             compile="on" if compiled else "off",
+            fence=lease.fence,
         )
         bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compiled)]
         with connect(None, workers=1) as cluster:

@@ -297,7 +297,7 @@ def schedule(
 ) -> list[Change]:
     """The part of a trace with the most changes, to be acted out so many times faster.
 
-    It begins without any machine: the first change, at 0 seconds, adds those of the part's first moment.
+    It begins without any machine: the first change adds those of the part's first moment with some.
 
     Args:
         speedup: seconds of the trace per second of the replay.

@@ -41,12 +41,12 @@ class TrainingJob:
     keep_checkpoints: int
     dtype: str | None  # None: what the hardware multiplies best
     compile: str  # auto | on | off
+    fence: Fence  # of the lease under which this is written
     initial_model: Folder | None = None  # a finished stage whose weights to begin with
     initial_digest: str | None = None  # of those weights
     patience: Patience = PATIENCE  # with workers that hang
     attempt: str = ""
     attempt_began: float = 0.0  # seconds since the epoch
-    fence: Fence | None = None  # of the lease under which this attempt writes
 
     @staticmethod
     def from_flags(args: argparse.Namespace, **given: Any) -> "TrainingJob":

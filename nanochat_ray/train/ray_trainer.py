@@ -31,7 +31,7 @@ from nanochat_ray.train.elastic import (
 )
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
-from nanochat_ray.train.lease import Lease, clear_stage
+from nanochat_ray.train.lease import clear_stage
 from nanochat_ray.train.progress import live_progress
 from nanochat_ray.train.reports import REPORTS, note_wait, report_failure, reported_failure
 from nanochat_ray.train.worker import load, train_on_worker
@@ -43,16 +43,12 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     """Train, with a live line, until the plan's last step is saved; False when it already was.
 
     Args:
-        job: its `fence` is given where the caller holds the lease of the stage; otherwise it is held here.
+        job: of a stage whose lease the caller holds.
         fresh: discard what the stage holds, once everything else has been checked.
 
     Raises:
-        UserError: another process trains this stage, the cluster is too small, what a worker reported as the user's
-            to mend, or workers kept failing.
+        UserError: the cluster is too small, what a worker reported as the user's to mend, or workers kept failing.
     """
-    if job.fence is None:
-        with Lease.acquire(job.stage) as lease:
-            return run_training(replace(job, fence=lease.fence), cluster, workers, fresh)
     job = replace(job, attempt=uuid.uuid4().hex, attempt_began=round(time.time(), 3))
     state = None if fresh else job.saved_state()
     if state is not None and state.cursor.step == job.plan.steps:

@@ -214,7 +214,6 @@ class _Worker:
                 that, and has planned the stream from there. It is gone now, so that the next group begins as planned.
         """
         job, step = self.job, self.state.cursor.step
-        assert job.fence is not None, "the driver holds the lease"
         job.fence.require_current()
         self.fence = job.fence.for_new_group()
         checkpoints = Checkpoints.of(job.stage)
