@@ -19,10 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from nanochat_ray.cluster import ending_all
 
 ROOT = Path(__file__).parents[2]  # where jobs/ lies
 STORE_BYTES = 100 << 20
@@ -82,6 +86,16 @@ class SpotCluster:
         self.tell(do="kill_head")
 
 
+def _with_token(token: str) -> list[psutil.Process]:
+    """All processes of a cluster and its drivers, also of machines that were killed, whose children nobody has."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended meanwhile, or is somebody else's
+            if process.environ().get("RAY_AUTH_TOKEN") == token:
+                found.append(process)
+    return found
+
+
 @contextmanager
 def spot_cluster(machines: int) -> Iterator[SpotCluster]:
     with tempfile.TemporaryDirectory(prefix="nm", dir="/tmp") as folder:  # short: it becomes part of socket names
@@ -97,8 +111,9 @@ def spot_cluster(machines: int) -> Iterator[SpotCluster]:
                 yield cluster
             finally:
                 assert process.stdin is not None
-                process.stdin.close()
-                process.wait(timeout=60)
+                with ending_all(_with_token(environment["RAY_AUTH_TOKEN"])):
+                    process.stdin.close()
+                    process.wait(timeout=60)
 
 
 def main() -> None:
