@@ -133,7 +133,7 @@ def pretraining(corpus: str, root, run: Folder):
 
 
 def write_trained_base(run: Folder, source, units, steps: int = 60) -> None:
-    """A base model that has learned: from one that has not, finetuning amplifies rounding far more than pretraining."""
+    """A base model that has learned: from one that has not, finetuning amplifies rounding even more."""
     shape = {"depth": 2, "vocab_size": 300, "sequence_len": LENGTH, "micro_batch_rows": ROWS}
     plan = make_plan(**shape, batch_tokens=BATCH, steps=steps)
     tokenizer = Tokenizer.load(run / "tokenizer").fingerprint
