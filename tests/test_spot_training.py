@@ -31,7 +31,7 @@ SHAPE = f"--depth 2 --sequence-len {LENGTH} --micro-batch-rows {ROWS} --batch-to
 SETTINGS = f"--eval-every {STEPS} --eval-tokens 1024 --compile off --dtype fp32 --checkpoint-every 1".split()
 SAME = 1e-4  # relative, of losses in fp32 with different numbers of workers
 # Pretraining at its full rate amplifies rounding: one process with one thread instead of two, or with weights that
-# differ by 1e-7, differs by 1e-5 after 50 steps and by up to 3e-4 within 150. A lost optimizer state would show as 1e-2.
+# differ by 1e-7, differs by 1e-5 after 50 steps and by up to 3e-4 within 150. A lost optimizer state would be 1e-2.
 SAME_LATER, LATER = 1e-3, 50
 
 
