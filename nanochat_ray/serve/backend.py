@@ -1,0 +1,98 @@
+"""What the HTTP side asks of whatever generates: one engine in this process, or replicas all over a cluster. No Ray.
+
+A reply is identified by its prompt and parameters alone: sampling is keyed by (seed, position), so a reply that is asked
+for again with the tokens it has (`said`) goes on with the tokens it would have had anyway, wherever that happens.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from nanochat_ray.engine.reply import ChatTokenizer, Piece
+from nanochat_ray.engine.sampler import SamplingParams
+
+
+class Busy(Exception):
+    """No room for another reply; nothing was begun. `retry_after_s`: when to try again."""
+
+    def __init__(self, message: str, retry_after_s: int = 2) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class GenerationFailed(Exception):
+    """This reply cannot be finished anywhere: the model failed on it, or no replica could take it in time."""
+
+
+@dataclass(frozen=True)
+class ReplyRequest:
+    """One reply to generate.
+
+    prompt    token ids, for a chat up to and with assistant_start
+    said      tokens of the reply that exist already; the reply goes on behind them
+    session   requests with the same session go to the same replica, if it has room: it may hold their beginning
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    said: tuple[int, ...] = ()
+    session: str = ""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a reply does not go on just now.
+
+    starting   no replica runs; one is being started
+    queued     admitted, `ahead` others are before it
+    moved      its replica was lost or is being drained; another one goes on with it
+    """
+
+    state: Literal["starting", "queued", "moved"]
+    ahead: int | None = None
+
+
+Update = Piece | Waiting
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Facts about the model, known without loading its weights.
+
+    name          its id in the API
+    context       tokens of prompt and reply together
+    fingerprint   changes whenever the same request could get another reply
+    about         facts for people and /stats, JSON-able
+    """
+
+    name: str
+    tokenizer: ChatTokenizer
+    context: int
+    fingerprint: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Generates replies."""
+
+    model: ServedModel
+
+    def generate(self, request: ReplyRequest) -> AsyncIterator[Update]:
+        """The rest of a reply; the last piece has `finish`. Closing the iterator stops the work within a decode step.
+
+        Raises, all at the first `__anext__`, before any work is done:
+            UserError: the prompt does not fit the context.
+            Busy: as described.
+        Raises later:
+            GenerationFailed: as described.
+        """
+        ...
+
+    async def ready(self) -> tuple[bool, str]:
+        """Whether a reply could begin now, and the state in words ("ok", "starting a replica", …)."""
+        ...
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Per replica, JSON-able: replica, running, waiting, kv_blocks, kv_used, prefix_hit_tokens, prompt_tokens,
+        generated_tokens, completed, cancelled, failed, preempted, busy_s."""
+        ...
