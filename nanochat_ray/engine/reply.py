@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from nanochat_ray.engine.calculator import calculate
+from nanochat_ray.engine.sampler import TokenLogprob
 from nanochat_ray.engine.text import Detokenizer, StopFinder
 
 MAX_TOOL_CALLS = 16
@@ -41,12 +42,14 @@ class Piece:
     tool     a tool call that began (`result` None) or has its result
     finish   set on the last piece: `stop` (the model ended its turn, or a stop string was found), `length`
              (max_tokens or the context is used up) or `tool_limit` (more calls than MAX_TOOL_CALLS)
+    logprobs one per sampled token, if they were asked for; forced tokens have none
     """
 
     tokens: tuple[int, ...] = ()
     text: str = ""
     tool: ToolCall | None = None
     finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Reply:

@@ -6,6 +6,7 @@ another batch, or from its middle, with the same tokens.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from nanochat_ray.errors import UserError
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 64
+MAX_LOGPROBS = 20
 _MASK_64 = (1 << 64) - 1
 
 
@@ -25,9 +27,15 @@ class SamplingParams:
     temperature   0 is greedy; 1 is the model's own distribution
     top_k         keep the k most likely tokens; None keeps all
     top_p         of those, keep the fewest that hold this much probability
+    min_p         of those, drop what is less likely than this fraction of the likeliest
+    repetition_penalty   divides the positive logits of all tokens before and multiplies the negative ones
+                         (arXiv:1909.05858); 1 changes nothing
+    presence_penalty     taken from the logits of tokens that the reply has already, as OpenAI's
+    frequency_penalty    the same, times how often it has them
     seed          any 64-bit integer
     max_tokens    upper bound on the reply's tokens, tool calls and their results included
     stop          the reply ends before the first of these strings
+    logprobs      None, or how many of the likeliest tokens are reported beside each sampled one
 
     Raises:
         UserError: naming the parameter, its value and its range.
@@ -36,9 +44,14 @@ class SamplingParams:
     temperature: float = 0.8
     top_k: int | None = 50
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # `not (a <= x <= b)` rather than `x < a or x > b`: NaN fails every comparison.
@@ -48,6 +61,13 @@ class SamplingParams:
             raise UserError(f"top_k is {self.top_k}; it must be 1 or more")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UserError(f"min_p is {self.min_p}; it must be between 0 and 1")
+        if not 0.1 <= self.repetition_penalty <= 10.0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be between 0.1 and 10")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be between -2 and 2")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise UserError(f"seed is {self.seed}; it must fit in 64 bits")
         if self.max_tokens < 1:
@@ -57,6 +77,22 @@ class SamplingParams:
         for text in self.stop:
             if not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise UserError(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}; it must be between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the choice of a token depends on which ones were there before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithms of the model's own probabilities: of a sampled token, and of the likeliest, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def sample(logits_V: Any, params: SamplingParams, position: int) -> int:
@@ -78,10 +114,38 @@ def sample(logits_V: Any, params: SamplingParams, position: int) -> int:
     p = np.exp((z_V[ids] - z_V[best]) / params.temperature)
     if params.top_p < 1.0:
         ids, p = _top_p(ids, p, params.top_p)
+    if params.min_p > 0.0:
+        ids, p = ids[p >= params.min_p], p[p >= params.min_p]  # the likeliest has p = 1
     cumulative = np.cumsum(p)
     # Clamped because u * total may round up to the total.
     chosen = np.searchsorted(cumulative, uniform(params.seed, position) * cumulative[-1], side="right")
     return int(ids[min(int(chosen), _last_positive(p))])
+
+
+def penalise(logits_V: np.ndarray, params: SamplingParams, before: Mapping[int, int], said: Mapping[int, int]) -> Any:
+    """Logits after the penalties, in float64.
+
+    Args:
+        before: how often each token stands in the whole sequence, prompt included.
+        said: how often each token stands in the reply.
+    """
+    z_V = np.array(logits_V, dtype=np.float64)
+    if before and params.repetition_penalty != 1.0:
+        ids = np.fromiter(before, dtype=np.int64)
+        z_V[ids] = np.where(z_V[ids] > 0, z_V[ids] / params.repetition_penalty, z_V[ids] * params.repetition_penalty)
+    if said:
+        ids, counts = np.fromiter(said, dtype=np.int64), np.fromiter(said.values(), dtype=np.float64)
+        z_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    return z_V
+
+
+def logprob_of(logits_V: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """The log-probability of a token at temperature 1 without penalties, and those of the `top` likeliest."""
+    z_V = np.asarray(logits_V, dtype=np.float64)
+    best = _top_k(z_V, top) if top else np.empty(0, dtype=np.int64)
+    best = best[np.argsort(-z_V[best], kind="stable")]
+    log_total = np.log(np.sum(np.exp(z_V - z_V.max()))) + z_V.max()
+    return TokenLogprob(token, float(z_V[token] - log_total), tuple((int(i), float(z_V[i] - log_total)) for i in best))
 
 
 def uniform(seed: int, position: int) -> float:
