@@ -3,14 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.model.ragged import BLOCK, RaggedBatch, WindowGroup
+from nanochat_ray.model.torch_step import TorchStep
 from nanochat_ray.tokenizer import SPECIAL_TOKENS
 
 
@@ -48,32 +51,48 @@ def tiny_model(seed: int = 0, context: int = 128) -> GPT:
     return model.eval()
 
 
+def tiny_engine(seed: int = 0, context: int = 128, **options) -> Engine:
+    return Engine(TorchStep(tiny_model(seed, context)), ByteTokenizer(), **options)
+
+
 @dataclass
 class ScriptedModel:
     """Answers a user message that contains a script's key with that script, whatever the sampling parameters.
 
-    Scripts are token ids. Like a real model it is a function of the tokens before: what has been said of the script is
-    read off the sequence, so that it can be continued from anywhere.
+    Scripts are token ids. Like a real model it is a function of the tokens before, which it keeps in the blocks of its
+    sequences and nowhere else: a wrong block table makes it say something else.
     """
 
     scripts: dict[str, list[int]]
     context: int = 4096
     seconds_per_step: float = 0.0
+    vocab_size = 320
 
     def __post_init__(self) -> None:
-        self.config = SimpleNamespace(sequence_len=self.context)
-        self.device = torch.device("cpu")
+        self.groups = (WindowGroup(self.context, (0,)),)
         self.steps = 0
         self._tokenizer = ByteTokenizer()
 
-    def new_cache(self, batch: int, max_len: int) -> list[int]:
-        return []
+    def block_bytes(self, group: int) -> int:
+        return 4 * BLOCK
 
-    def extend(self, ids_BT: torch.Tensor, cache: list[int]) -> torch.Tensor:
+    def allocate(self, blocks: Sequence[int]) -> None:
+        self._stored = np.full((blocks[0], BLOCK), -1, dtype=np.int64)
+
+    def forward(self, batch: RaggedBatch) -> np.ndarray:
         time.sleep(self.seconds_per_step)
         self.steps += 1
-        cache += ids_BT[0].tolist()
-        return torch.nn.functional.one_hot(torch.tensor([self._next(cache)]), 320).float() * 1e4
+        logits = np.zeros((len(batch.wanted), self.vocab_size), dtype=np.float32)
+        row = 0
+        for sequence, (start, end) in enumerate(pairwise(batch.starts)):
+            table = batch.tables[0][sequence]
+            for token, position in zip(batch.ids[start:end], batch.positions[start:end], strict=True):
+                self._stored[table[position // BLOCK], position % BLOCK] = token
+            if end - 1 in batch.wanted:
+                ids = self._stored[table[: batch.positions[end - 1] // BLOCK + 1]].reshape(-1)
+                logits[row, self._next(ids[: batch.positions[end - 1] + 1].tolist())] = 1e4
+                row += 1
+        return logits
 
     def _next(self, ids: list[int]) -> int:
         end, said = self._tokenizer.special("assistant_end"), []

@@ -1,22 +1,36 @@
 """From a run's folder to an engine that can answer."""
 
-from dataclasses import dataclass
-from typing import Any
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.engine import MAX_RUNNING, STEP_TOKENS, Engine
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
 
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat_ray.model.gpt import GPT
+    from nanochat_ray.model.ragged import StepModel
+    from nanochat_ray.tokenizer import Tokenizer
+
 CHAT_STAGES = ("sft", "base")  # a base model continues text; it was not taught to answer
+GPU_STEP_TOKENS = 2048
+FREE_MEMORY_FOR_KV = 0.5  # of what is free once the weights are there
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """An engine with the name it goes by and the facts people ask about (JSON-able)."""
+    """An engine with the name it goes by and the facts people ask about (JSON-able).
+
+    startup   seconds that each part of loading took
+    """
 
     engine: Engine
     name: str
     about: dict[str, Any]
+    startup: dict[str, float] = field(default_factory=dict)
 
 
 def require_trained(storage: str, run: str, stage: str) -> None:
@@ -37,24 +51,39 @@ def require_trained(storage: str, run: str, stage: str) -> None:
 
 
 def load_chat_model(
-    storage: str, run: str, stage: str = "sft", device: str | None = None, dtype: str | None = None
+    storage: str,
+    run: str,
+    stage: str = "sft",
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    step: int | None = None,
+    max_running: int = MAX_RUNNING,
+    threads: int | None = None,
 ) -> ChatModel:
     """Load the newest valid checkpoint of a run's stage.
+
+    Args:
+        step: the checkpoint of this step instead.
+        threads: of the model on a CPU; None takes as many as torch is set to.
 
     Raises:
         UserError: as `require_trained`, or no checkpoint verifies.
     """
+    began = time.monotonic()
     from nanochat_ray.device import pick_device, pick_dtype
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import load_model
 
+    imported = time.monotonic()
     require_trained(storage, run, stage)
     folder = run_folder(storage, run)
     on, _ = pick_device(device)
     activations, _ = pick_dtype(on, dtype)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations)
-    model.freeze(activations)
+    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations, at_step=step)
+    loaded = time.monotonic()
+    engine, how = engine_of(model, tokenizer, activations, max_running, threads)
     about = {
         "run": run,
         "stage": stage,
@@ -63,5 +92,53 @@ def load_chat_model(
         "context": model.config.sequence_len,
         "device": str(on),
         "dtype": str(activations).removeprefix("torch."),
+        "model_step": how,
     }
-    return ChatModel(Engine(model, tokenizer), run, about)
+    startup = {
+        "imports_s": round(imported - began, 3),
+        "load_s": round(loaded - imported, 3),
+        "engine_s": round(time.monotonic() - loaded, 3),
+    }
+    return ChatModel(engine, run, about, startup)
+
+
+def engine_of(
+    model: "GPT",
+    tokenizer: "Tokenizer",
+    dtype: "torch.dtype",
+    max_running: int = MAX_RUNNING,
+    threads: int | None = None,
+) -> tuple[Engine, str]:
+    """An engine around a network, whose weights may be changed for it, and how it computes, in words."""
+    step_model, how = step_model_of(model, dtype, threads)
+    step_tokens = STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS
+    kv_bytes = int(FREE_MEMORY_FOR_KV * _free_memory(model.device))
+    return Engine(step_model, tokenizer, max_running, step_tokens, kv_bytes), how
+
+
+def step_model_of(model: "GPT", dtype: "torch.dtype", threads: int | None = None) -> "tuple[StepModel, str]":
+    """The fastest way to run a network on its device, and which one that is, in words."""
+    import torch
+
+    from nanochat_ray.model.torch_step import TorchStep
+
+    model.freeze(dtype)
+    if model.device.type != "cpu":
+        return TorchStep(model), f"torch on {model.device.type}"
+    from kernels import cpu_step
+
+    reason = cpu_step.why_not(model.config)
+    if reason is not None:
+        return TorchStep(model), f"torch: {reason}"
+    threads = threads or torch.get_num_threads()
+    return cpu_step.CpuStep(model, dtype, threads), f"fused CPU step, {threads} threads"
+
+
+def _free_memory(device: "torch.device") -> int:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

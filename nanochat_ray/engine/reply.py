@@ -71,8 +71,25 @@ class Reply:
         self._tool_calls = 0
         self.forced: list[int] = []  # tokens that must come next, in order, before anything is sampled
 
-    def push(self, token: int) -> Piece:
-        """Take the next token of the reply, a sampled one or the first of `forced`."""
+    def push(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Piece:
+        """Take the next token of the reply, a sampled one (with its log-probability) or the first of `forced`."""
+        return replace(self._push(token), logprobs=logprobs) if logprobs else self._push(token)
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take tokens that were shown already.
+
+        Raises:
+            ValueError: the reply is already over within these tokens.
+        """
+        for token in tokens:
+            if self.push(token).finish is not None:
+                raise ValueError("these tokens already end the reply; there is nothing to continue")
+
+    def cut(self, last: Piece) -> Piece:
+        """The same piece as the last one of a reply that ran out of room: with the text that was held back."""
+        return replace(last, text=last.text + self._rest(), finish="length")
+
+    def _push(self, token: int) -> Piece:
         if self.forced:
             expected = self.forced.pop(0)
             if token != expected:
@@ -93,20 +110,6 @@ class Reply:
             return Piece((token,), text=self._rest(), finish="stop")
         text, stopped = self._stops.push(self._text.push(token))
         return Piece((token,), text=text, finish="stop" if stopped else None)
-
-    def replay(self, tokens: Sequence[int]) -> None:
-        """Take tokens that were shown already.
-
-        Raises:
-            ValueError: the reply is already over within these tokens.
-        """
-        for token in tokens:
-            if self.push(token).finish is not None:
-                raise ValueError("these tokens already end the reply; there is nothing to continue")
-
-    def cut(self, last: Piece) -> Piece:
-        """The same piece as the last one of a reply that ran out of room: with the text that was held back."""
-        return replace(last, text=last.text + self._rest(), finish="length")
 
     def _push_inside_call(self, token: int) -> Piece:
         assert self._expression is not None

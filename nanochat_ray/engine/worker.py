@@ -1,36 +1,35 @@
-"""Runs many replies on one model: a thread of its own, one step of each in turn.
+"""The engine's own thread: takes replies in, steps while there are any, and hands out what each step brought.
 
-    schedule → run → deliver, forever: the reply that has waited longest gets one step, its pieces go to its owner.
+    thread = EngineThread(engine, deliver)      # deliver([(ticket, pieces or exception), …]), once per step
+    ticket = thread.submit(prompt, params)      # from any thread
+    thread.cancel(ticket)                       # it gets no further step
 
 Memory is bounded by the number of replies admitted at once; whoever comes later is refused, before anything is begun.
 """
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from nanochat_ray.engine.engine import Engine, Generation
-from nanochat_ray.engine.reply import Piece
+from nanochat_ray.engine.engine import Engine, Outcome, RunningReply
 from nanochat_ray.engine.sampler import SamplingParams
 
 STUCK_AFTER_S = 120.0  # one step never takes this long, not even a prefill chunk of a large model on a CPU
 
-Deliver = Callable[[list[Piece] | Exception], None]
+Deliver = Callable[[list[tuple["Ticket", Outcome]]], None]
 
 
-class Busy(Exception):
-    """As many replies are being written as the engine takes."""
+class Full(Exception):
+    """As many replies wait or are being written as the engine takes."""
 
 
 @dataclass(eq=False)
 class Ticket:
     """A reply that was admitted."""
 
-    generation: Generation
-    deliver: Deliver
-    cancelled: bool = False
+    reply: RunningReply
 
 
 @dataclass
@@ -41,56 +40,58 @@ class Counters:
     cancelled: int = 0
     failed: int = 0
     refused: int = 0
-    tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
     busy_s: float = 0.0
 
 
-@dataclass
 class EngineThread:
     """The only thread that touches the model.
 
     Args:
-        max_replies: how many are written at the same time.
+        deliver: called on the engine's thread after each step.
+        max_waiting: replies that may wait beside those that run.
     """
 
-    engine: Engine
-    max_replies: int = 8
-    counters: Counters = field(default_factory=Counters)
-
-    def __post_init__(self) -> None:
-        self._turns: deque[Ticket] = deque()
-        self._changed = threading.Condition()
+    def __init__(self, engine: Engine, deliver: Deliver, max_waiting: int) -> None:
+        self.engine = engine
+        self.counters = Counters()
+        self._deliver = deliver
+        self._most = engine.scheduler.max_running + max_waiting
+        self._changed = threading.Condition()  # guards what follows; never held during a step
+        self._new: list[Ticket] = []
+        self._cancelled: list[Ticket] = []
+        self._active: dict[Ticket, None] = {}  # in order of admission
         self._closing = False
         self._step_began: float | None = None  # monotonic; None between steps
-        self._running: Ticket | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, deliver: Deliver) -> Ticket:
-        """Admit a reply. `deliver` is called on the engine's thread with each step's pieces, or once with an error.
+    def submit(self, prompt: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> Ticket:
+        """Admit a reply; its first pieces come with the `deliver` of some later step.
 
         Raises:
-            UserError: the prompt does not fit.
-            Busy: too many replies are being written.
+            UserError: as `Engine.add`.
+            Full: too many replies wait.
         """
-        generation = self.engine.start(prompt_ids, params)
-        ticket = Ticket(generation, deliver)
+        ticket = Ticket(self.engine.prepare(prompt, params, said))
         with self._changed:
-            if self.active >= self.max_replies:
+            if len(self._active) >= self._most:
                 self.counters.refused += 1
-                raise Busy(f"{self.max_replies} replies are being written already")
-            self._turns.append(ticket)
+                raise Full(f"{len(self._active)} replies are being written or wait already")
+            self._active[ticket] = None
+            self._new.append(ticket)
             self._changed.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a reply: it gets no further step, and its cache is freed when the present step is over. Idempotent."""
+        """Stop a reply: nothing more is delivered for it after the present step. Idempotent."""
         with self._changed:
-            ticket.cancelled = True
-            if ticket in self._turns:
-                self._turns.remove(ticket)
+            if ticket in self._active:
+                del self._active[ticket]
+                self._cancelled.append(ticket)
                 self.counters.cancelled += 1
-                ticket.generation.close()
+                self._changed.notify()
 
     def close(self) -> None:
         """Stop the thread after the present step; replies in progress are dropped."""
@@ -102,55 +103,70 @@ class EngineThread:
     @property
     def active(self) -> int:
         """Replies admitted and not over."""
-        return len(self._turns) + (self._running is not None)
+        return len(self._active)
+
+    def ahead(self, ticket: Ticket) -> int:
+        """How many replies that have not begun were admitted before this one; 0 also when it has begun."""
+        with self._changed:
+            waiting = [other for other in self._active if other.reply.slot.blocks is None]
+        return waiting.index(ticket) if ticket in waiting else 0
 
     def healthy(self) -> bool:
         """Whether the thread lives and its present step is not stuck."""
         began = self._step_began
         return self._thread.is_alive() and (began is None or time.monotonic() - began < STUCK_AFTER_S)
 
+    def stats(self) -> dict[str, Any]:
+        """Queue, blocks and totals, JSON-able."""
+        scheduler = self.engine.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": max(0, self.active - len(scheduler.running)),
+            "kv_blocks": scheduler.blocks.total,
+            "kv_used": scheduler.blocks.held,
+            "prompt_tokens": scheduler.tally.prompt_tokens,
+            "prefix_hit_tokens": scheduler.tally.reused_tokens,
+            "preempted": scheduler.tally.preempted,
+            **asdict(self.counters),
+        }
+
     def _run(self) -> None:
-        while (ticket := self._next()) is not None:
-            outcome = self._step(ticket)
-            with self._changed:
-                self._running = None
-                again = self._account(ticket, outcome)
-                if again:
-                    self._turns.append(ticket)
-                else:
-                    ticket.generation.close()
-            if not ticket.cancelled:
-                ticket.deliver(outcome)
-
-    def _next(self) -> Ticket | None:
-        with self._changed:
-            while not self._turns and not self._closing:
-                self._changed.wait()
-            if self._closing:
-                return None
-            self._running = self._turns.popleft()
-            return self._running
-
-    def _step(self, ticket: Ticket) -> list[Piece] | Exception:
-        began = self._step_began = time.monotonic()
-        try:
-            return ticket.generation.step()
-        except Exception as error:  # belongs to this reply; it is delivered to its owner, and the others go on
-            return error
-        finally:
+        while self._take_in():
+            began = self._step_began = time.monotonic()
+            outcomes = self.engine.step()
             self._step_began = None
+            self.counters.steps += 1
             self.counters.busy_s += time.monotonic() - began
+            if delivered := self._account(outcomes):
+                self._deliver(delivered)
 
-    def _account(self, ticket: Ticket, outcome: list[Piece] | Exception) -> bool:
-        """Count what a step brought; whether the reply goes on."""
-        if isinstance(outcome, Exception):
-            self.counters.failed += 1
-            return False
-        self.counters.tokens += sum(len(piece.tokens) for piece in outcome)
-        if ticket.generation.finished:
-            self.counters.completed += 1
-            return False
-        if ticket.cancelled:
-            self.counters.cancelled += 1
-            return False
+    def _take_in(self) -> bool:
+        """Wait until there is something to step, and bring the engine's queue up to date; False when closing."""
+        with self._changed:
+            while not (self._new or self._cancelled or self.engine.busy or self._closing):
+                self._changed.wait()
+            new, self._new = self._new, []
+            cancelled, self._cancelled = self._cancelled, []
+            if self._closing:
+                return False
+        for ticket in new:
+            self.engine.enqueue(ticket.reply)
+        for ticket in cancelled:
+            self.engine.cancel(ticket.reply)
         return True
+
+    def _account(self, outcomes: list[tuple[RunningReply, Outcome]]) -> list[tuple[Ticket, Outcome]]:
+        """Count what a step brought; what is to be delivered of it."""
+        with self._changed:
+            tickets = {ticket.reply: ticket for ticket in self._active}
+            delivered = [(tickets[reply], outcome) for reply, outcome in outcomes if reply in tickets]
+            for ticket, outcome in delivered:
+                if isinstance(outcome, Exception):
+                    self.counters.failed += 1
+                    del self._active[ticket]
+                    continue
+                self.counters.generated_tokens += sum(len(piece.tokens) for piece in outcome)
+                if ticket.reply.finished:
+                    self.counters.completed += 1
+                    del self._active[ticket]
+        return delivered

@@ -158,16 +158,28 @@ class Checkpoints:
         found = self._newest(self._measure, warn)
         return None if found is None else found[0]
 
-    def load(self, warn: Callable[[str], None], files: Sequence[str] = FILES) -> Loaded | None:
+    def load(
+        self, warn: Callable[[str], None], files: Sequence[str] = FILES, step: int | None = None
+    ) -> Loaded | None:
         """The newest checkpoint that verifies, each of its files read once; otherwise as `newest_valid`.
 
         Args:
             files: which to read and verify, STATE among them; tensors of the others are left out.
+            step: this one and no other.
+
+        Raises:
+            UserError: also when the one of `step` is missing or damaged.
         """
-        found = self._newest(lambda step: self._read(step, files), warn)
-        if found is None:
-            return None
-        read = found[1]
+        if step is not None:
+            try:
+                read = self._read(step, files)
+            except (_Damaged, FileNotFoundError) as damage:
+                raise UserError(f"checkpoint {self.folder / _name(step)} cannot be used ({damage})") from damage
+        else:
+            found = self._newest(lambda step: self._read(step, files), warn)
+            if found is None:
+                return None
+            read = found[1]
         tensors = [_from_safetensors(read.pop(name)) if name in files else {} for name in (MODEL, OPTIMIZER)]
         return Loaded(TrainState.from_dict(json.loads(read[STATE])), tensors[0], tensors[1])
 
@@ -326,16 +338,18 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     warn: Callable[[str], None] = warn,
+    at_step: int | None = None,
 ) -> tuple[GPT, Plan, int]:
     """The newest valid model of a stage, ready for inference, with its plan and step.
 
     Args:
         dtype: of the activations and of the stored matrices.
+        at_step: the model of this step instead of the newest one.
 
     Raises:
         UserError: the stage has no usable checkpoint, or was trained with another tokenizer.
     """
-    loaded = Checkpoints.of(stage).load(warn, (MODEL, STATE))
+    loaded = Checkpoints.of(stage).load(warn, (MODEL, STATE), at_step)
     if loaded is None:
         raise UserError(
             f"no trained model in {stage}: run the stage that writes it first (pretrain for base, then sft)"

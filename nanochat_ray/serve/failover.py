@@ -1,0 +1,49 @@
+"""Goes on with a reply elsewhere when the replica that writes it is lost or gives it up. No Ray.
+
+Who reads the reply knows its prompt, its parameters and the tokens so far, and that is all that a reply depends on: it
+is asked for again with the tokens it has. Nothing is lost, repeated or changed; the reader sees a pause.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from nanochat_ray.engine.reply import Piece
+from nanochat_ray.serve.backend import GenerationFailed, ReplyRequest, Update, Waiting
+
+MOST_LOSSES = 3  # in a row without a token between them: then it may be the reply that kills replicas
+
+Bundles = Callable[[ReplyRequest], AsyncGenerator[list[Update], None]]
+
+
+class ReplicaLost(Exception):
+    """The replica that wrote a reply is gone, or does not want to go on."""
+
+
+async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncIterator[Update]:
+    """The whole reply, whoever writes it.
+
+    Args:
+        bundles: begins a reply, or goes on behind what is `said`, on some replica. Ends after the piece with `finish`;
+            an earlier end means that the replica hands the reply over.
+
+    Raises:
+        GenerationFailed: MOST_LOSSES replicas in a row were lost before they added a token.
+    """
+    losses = 0
+    while True:
+        async with aclosing(bundles(request)) as parts:
+            try:
+                async for bundle in parts:
+                    tokens = [token for update in bundle if isinstance(update, Piece) for token in update.tokens]
+                    if tokens:
+                        request, losses = replace(request, said=(*request.said, *tokens)), 0
+                    for update in bundle:
+                        yield update
+                        if isinstance(update, Piece) and update.finish:
+                            return
+            except ReplicaLost:
+                losses += 1
+        if losses >= MOST_LOSSES:
+            raise GenerationFailed(f"{losses} replicas in a row were lost while they wrote this reply")
+        yield Waiting("moved")

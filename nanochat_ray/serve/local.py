@@ -1,0 +1,136 @@
+"""A `Backend` around an engine in this process: its thread on one side, the event loop's requests on the other. No Ray.
+
+What has arrived for a reply is handed over in bundles. While many replies are written, each bundle is held back for a
+moment, so that what a bundle costs on its way to the client is paid for several tokens at once; the first one never is.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+from nanochat_ray.engine.engine import Outcome
+from nanochat_ray.engine.load import ChatModel
+from nanochat_ray.engine.reply import Piece
+from nanochat_ray.engine.worker import EngineThread, Full, Ticket
+from nanochat_ray.errors import UserError
+from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
+
+QUEUE_NEWS_S = 0.5  # how often one who waits hears how many are before it
+HOLD_BACK_S = 0.005  # for each reply that is being written
+LONGEST_HOLD_BACK_S = 0.1  # ten times a second still reads as if it were written steadily
+
+
+class LocalBackend:
+    """One engine. Must be made and used on one event loop.
+
+    Args:
+        max_waiting: replies that may wait for their turn.
+    """
+
+    def __init__(self, chat: ChatModel, model: ServedModel, max_waiting: int) -> None:
+        self.model = model
+        self.thread = EngineThread(chat.engine, self._deliver, max_waiting)
+        self._startup = chat.startup
+        self._loop = asyncio.get_running_loop()
+        self._inboxes: dict[Ticket, _Inbox] = {}
+
+    async def generate(self, request: ReplyRequest) -> AsyncIterator[Update]:
+        """See `Backend.generate`."""
+        async with aclosing(self.bundles(request)) as bundles:
+            async for bundle in bundles:
+                for update in bundle:
+                    yield update
+
+    async def bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
+        """As `generate`: what arrived meanwhile is one bundle."""
+        try:
+            ticket = self.thread.submit(request.prompt, request.params, request.said)
+        except Full as full:
+            raise Busy(str(full)) from full
+        inbox = self._inboxes[ticket] = _Inbox()
+        try:
+            async for waiting in self._queued(ticket, inbox):
+                yield [waiting]
+            finished = False
+            while not finished:
+                await inbox.filled()
+                pieces = inbox.take()
+                finished = bool(pieces and pieces[-1].finish)
+                if pieces:
+                    yield list(pieces)
+                if not finished:
+                    await asyncio.sleep(min(LONGEST_HOLD_BACK_S, HOLD_BACK_S * (self.thread.active - 1)))
+        finally:  # also when nobody listens any more
+            self._inboxes.pop(ticket, None)
+            self.thread.cancel(ticket)
+
+    async def ready(self) -> tuple[bool, str]:
+        """See `Backend.ready`."""
+        healthy = self.thread.healthy()
+        return healthy, "ok" if healthy else "the engine is stuck"
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """See `Backend.stats`."""
+        return [{"replica": "local", **self.thread.stats(), "startup": self._startup}]
+
+    def close(self) -> None:
+        """Stop the engine's thread; replies in progress are dropped."""
+        self.thread.close()
+
+    async def _queued(self, ticket: Ticket, inbox: "_Inbox") -> AsyncIterator[Waiting]:
+        """How many are before a reply, each time that changes, until it begins."""
+        told = 0
+        while not inbox.outcomes and (ahead := self.thread.ahead(ticket)):
+            if ahead != told:
+                told = ahead
+                yield Waiting("queued", ahead)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(inbox.filled(), QUEUE_NEWS_S)
+
+    def _deliver(self, outcomes: Sequence[tuple[Ticket, Outcome]]) -> None:
+        """Called on the engine's thread, once per step."""
+        with suppress(RuntimeError):  # the loop has closed: the server is going down and nobody waits any more
+            self._loop.call_soon_threadsafe(self._sort_in, outcomes)
+
+    def _sort_in(self, outcomes: Sequence[tuple[Ticket, Outcome]]) -> None:
+        for ticket, outcome in outcomes:
+            if ticket in self._inboxes:
+                self._inboxes[ticket].put(outcome)
+
+
+class _Inbox:
+    """What has arrived for one reply and is not yet taken."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self._something = asyncio.Event()
+
+    def put(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._something.set()
+
+    async def filled(self) -> None:
+        await self._something.wait()
+
+    def take(self) -> list[Piece]:
+        """The pieces that are there. Those before a failure come first, the failure with the next call.
+
+        Raises:
+            GenerationFailed: the engine gave the reply up.
+            UserError: why the reply cannot go on.
+        """
+        pieces: list[Piece] = []
+        while self.outcomes:
+            outcome = self.outcomes[0]
+            if isinstance(outcome, Exception):
+                if pieces:
+                    return pieces
+                if isinstance(outcome, UserError):
+                    raise outcome
+                kind = type(outcome).__name__
+                raise GenerationFailed(f"the model failed while it wrote this reply ({kind})") from outcome
+            pieces += outcome
+            del self.outcomes[0]
+        self._something.clear()
+        return pieces
