@@ -3,6 +3,7 @@
 python -m jobs.bench train --corpus fineweb-edu --json
 python -m jobs.bench recovery                                             # machines that go and come, simulated here
 python -m jobs.bench spot --trace trace.json --speedup 10 --minutes 10    # a real spot trace on simulated machines
+python -m jobs.bench serve --streams 1,4,16,32                            # the chat server over HTTP
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanochat_ray import cli
+from nanochat_ray.bench.serve_options import ServeSettings, add_serve_options
 from nanochat_ray.errors import UsageError
 from nanochat_ray.storage import Folder, data_folder
 
@@ -19,15 +21,13 @@ if TYPE_CHECKING:
     from nanochat_ray.plan import Plan
     from nanochat_ray.tokenizer import Tokenizer
 
+Sizes = dict[str, int]
 Figures = dict[str, Any]
 Measured = tuple[str, Figures, Callable[[Figures], list["Line"]]]  # title, figures, and these as lines for people
 SIZES = {
-    "sequence-len": "tokens of a row",
-    "vocab-size": "token ids",
-    "micro-batch-rows": "rows of a micro-batch",
-    "steps": "training steps per run",
-    "megabytes": "text to load",
-}
+    "sequence-len": "tokens of a row", "vocab-size": "token ids", "micro-batch-rows": "rows of a micro-batch",
+    "steps": "training steps per run", "megabytes": "text to load",
+}  # fmt: skip
 DECODE_REPEATS = {True: 2, False: 5}  # by --quick
 RECOVERY_REPEATS = {True: 1, False: 10}
 SPOT_MACHINES = 2  # at once; more simulated ones than cores would measure each other
@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: by what is measured)")
     parser.add_argument("--trace", default=None, help="of `spot`: JSON file of how many machines there were")
     parser.add_argument("--speedup", type=float, default=10.0, help="seconds of the trace per second of `spot`")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of `spot`")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of `spot` and of serving's soak")
+    add_serve_options(parser)
     return parser
 
 
@@ -87,11 +88,8 @@ def _checkpoint(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.sizes import CHECKPOINT, QUICK, plan_of
 
     plan = plan_of(_sizes(args, QUICK | {"steps": 24} if args.quick else CHECKPOINT), micro_batches=1)
-    return (
-        f"checkpoint: {_model(plan)}",
-        measure_checkpoints(plan, args.dtype, Folder.at(args.storage)),
-        checkpoint_lines,
-    )
+    figures = measure_checkpoints(plan, args.dtype, Folder.at(args.storage))
+    return f"checkpoint: {_model(plan)}", figures, checkpoint_lines
 
 
 def _recovery(args: argparse.Namespace) -> Measured:
@@ -101,14 +99,22 @@ def _recovery(args: argparse.Namespace) -> Measured:
     return "recovery: a tiny model on two simulated machines", figures, recovery_lines
 
 
+def _serve(args: argparse.Namespace) -> Measured:
+    from nanochat_ray.bench.serve_bench import SERVED, SERVED_QUICK, measure_serving, serving_lines
+
+    settings = ServeSettings.of(args)
+    if settings.url or settings.run:
+        return f"serve: {settings.url or settings.run}", measure_serving(settings, None), serving_lines
+    plan, _, tokenizer = _text(args, SERVED_QUICK if args.quick else SERVED)
+    return f"serve: {_model(plan)}", measure_serving(settings, (plan, tokenizer)), serving_lines
+
+
 def _spot(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.spot_bench import measure_spot, spot_lines
     from nanochat_ray.plan.spot import read_trace, schedule
 
     if args.trace is None:
-        raise UsageError(
-            "bench spot needs --trace FILE: how many machines there were, for example of SkyPilot's traces"
-        )
+        raise UsageError("bench spot needs --trace FILE: how many machines there were, as SkyPilot's traces say")
     changes = schedule(read_trace(args.trace), args.speedup, args.minutes, SPOT_MACHINES)
     figures = measure_spot(args.corpus, changes, args.minutes, SPOT_MACHINES)
     title = f"spot: {args.minutes:g} minutes of {args.trace}, {args.speedup:g} times as fast, {SPOT_MACHINES} machines"
@@ -116,33 +122,27 @@ def _spot(args: argparse.Namespace) -> Measured:
 
 
 BENCHMARKS = {
-    "data": _data,
-    "train": _train,
-    "decode": _decode,
-    "checkpoint": _checkpoint,
-    "recovery": _recovery,
-    "spot": _spot,
-}
+    "data": _data, "train": _train, "decode": _decode, "checkpoint": _checkpoint, "recovery": _recovery,
+    "serve": _serve, "spot": _spot,
+}  # fmt: skip
 
 
-def _text(args: argparse.Namespace, longer: int = 1) -> "tuple[Plan, Corpus, Tokenizer]":
+def _text(args: argparse.Namespace, usual: Sizes | None = None, longer: int = 1) -> "tuple[Plan, Corpus, Tokenizer]":
     from nanochat_ray.bench.sizes import FULL, QUICK, corpus_and_tokenizer, plan_of
 
-    sizes = _sizes(args, QUICK if args.quick else FULL)
+    sizes = _sizes(args, usual or (QUICK if args.quick else FULL))
     sizes["sequence_len"] *= longer
     return plan_of(sizes), *corpus_and_tokenizer(args.corpus, data_folder(args.storage), args.shards, sizes)
 
 
-def _sizes(args: argparse.Namespace, usual: dict[str, int]) -> dict[str, int]:
+def _sizes(args: argparse.Namespace, usual: Sizes) -> Sizes:
     return {name: getattr(args, name) or size for name, size in usual.items()}
 
 
 def _model(plan: "Plan") -> str:
     shape = plan.model
-    return (
-        f"d{plan.depth}, width {shape.n_embd}, T={shape.sequence_len}, vocabulary {shape.vocab_size:,}, "
-        f"{plan.micro_batch_rows} rows"
-    )
+    width = f"d{plan.depth}, width {shape.n_embd}, T={shape.sequence_len}"
+    return f"{width}, vocabulary {shape.vocab_size:,}, {plan.micro_batch_rows} rows"
 
 
 if __name__ == "__main__":

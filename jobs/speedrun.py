@@ -36,9 +36,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     run = run_folder(args.storage, args.run)
     run.require_writable()
     if args.serve:
-        from nanochat_ray.serve.app import require_free_port, serve_until_interrupted
+        from nanochat_ray.serve.app import HOST, Served, require_free_port, serve_until_interrupted
 
-        require_free_port(args.port)
+        require_free_port(HOST, args.port)
     figures: dict[str, Any] = {}
     began = time.monotonic()
     with connect(args.address, cli.parse_workers(args.workers)[1], ray_stream.load):
@@ -58,7 +58,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - began
     print(f"\nfrom raw text to report card in {seconds / 60:.1f} minutes: {run / 'report' / 'report.html'}", flush=True)
     if args.serve:
-        serve_until_interrupted(args.storage, args.run, "sft", args.port, args.address)
+        served = Served(storage=args.storage, run=args.run)
+        serve_until_interrupted(
+            served, HOST, args.port, args.address, lambda url: print(f"chat page: {url}", flush=True)
+        )
     return {"seconds": seconds, "stages": figures, "artifacts": {"run": str(run), "report": str(run / "report")}}
 
 

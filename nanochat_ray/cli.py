@@ -151,16 +151,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def parse_workers(text: str) -> tuple[int, int]:
+    """The bounds of `--workers`; as `parse_range`."""
+    return parse_range(text, "--workers", least=1)
+
+
+def parse_range(text: str, flag: str, least: int) -> tuple[int, int]:
     """`"4"` → (4, 4); `"2:16"` → (2, 16).
 
     Raises:
-        UsageError: not of these forms, or not 1 ≤ MIN ≤ MAX.
+        UsageError: not of these forms, or not `least` ≤ MIN ≤ MAX and 1 ≤ MAX.
     """
     low, separator, high = text.partition(":")
     try:
         bounds = (int(low), int(high) if separator else int(low))
     except ValueError:
-        raise UsageError(f"--workers {text!r} is neither N nor MIN:MAX, for example 4 or 2:16") from None
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise UsageError(f"--workers {text!r} must satisfy 1 <= MIN <= MAX")
+        raise UsageError(f"{flag} {text!r} is neither N nor MIN:MAX, for example 4 or 2:16") from None
+    if not least <= bounds[0] <= bounds[1] or bounds[1] < 1:
+        raise UsageError(f"{flag} {text!r} must satisfy {least} <= MIN <= MAX{', and MAX at least 1' * (least < 1)}")
     return bounds

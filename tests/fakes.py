@@ -14,6 +14,7 @@ from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch, WindowGroup
 from nanochat_ray.model.torch_step import TorchStep
+from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.tokenizer import SPECIAL_TOKENS
 
 
@@ -142,4 +143,10 @@ def load_scripted() -> ChatModel:
         "crash": [*script("Half a"), CRASH],
         "": script("Hello from the script."),
     }
-    return ChatModel(Engine(ScriptedModel(scripts, seconds_per_step=0.02), ByteTokenizer()), "scripted", {"depth": 0})
+    engine = Engine(ScriptedModel(scripts, seconds_per_step=0.02), ByteTokenizer(), max_running=3)
+    return ChatModel(engine, "scripted", {"depth": 0}, fingerprint="scripted")
+
+
+def describe_scripted() -> ServedModel:
+    """What the server's ingress knows of it."""
+    return ServedModel("scripted", ByteTokenizer(), 4096, "scripted", {"depth": 0})

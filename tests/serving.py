@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MAX_REPLIES = 3
+MAX_RUNNING = 3
 
 
 def free_port() -> int:
@@ -62,13 +62,14 @@ def scripted_server() -> Iterator[Server]:
 def main(port: int) -> None:
     import ray
 
-    from nanochat_ray.serve.app import app_of, serve_app_until_interrupted
-    from tests.fakes import load_scripted
+    from nanochat_ray.serve.app import HOST, Served, app_of, serve_app_until_interrupted
+    from tests.fakes import describe_scripted, load_scripted
 
     def on_ready(url: str) -> None:
         print(url, ray._private.worker._global_node.get_logs_dir_path())
 
-    serve_app_until_interrupted(lambda: app_of(load_scripted, MAX_REPLIES), port, None, on_ready)
+    served = Served(storage="none", run="scripted", max_running=MAX_RUNNING)
+    serve_app_until_interrupted(lambda: app_of(load_scripted, describe_scripted, served), HOST, port, None, 1, on_ready)
 
 
 if __name__ == "__main__":

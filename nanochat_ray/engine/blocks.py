@@ -98,9 +98,10 @@ class BlockPool:
             count = holders.get(block, 0)
             assert self._holders[block] == count, f"block {block}: held {self._holders[block]} times, not {count}"
             assert (block in free) == (count == 0), f"block {block} is held {count} times and free: {block in free}"
-        assert all(self._block_of[key] == block for block, key in self._key_of.items())
-        assert len(self._block_of) == len(self._key_of)
+        found = {(block, key) for key, block in self._block_of.items()}
+        assert found == set(self._key_of.items()), "keys and blocks disagree"
         assert all(block in self._key_of for block in self._kept), "a kept block cannot be found"
+        assert not any(block in self._key_of for block in self._blank), "a blank block can be found"
 
 
 class SequenceBlocks:

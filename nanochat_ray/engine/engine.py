@@ -37,7 +37,7 @@ class Engine:
     Args:
         model: a `TorchStep`, a `CpuStep`, or whatever is a `StepModel`.
         max_running: replies that take part in a step.
-        step_tokens: tokens in a step.
+        step_tokens: tokens in a step; raised to `max_running`, so that each reply can have one.
         kv_bytes: memory for keys and values; None for room for `max_running` full contexts. At least one always fits.
     """
 
@@ -49,6 +49,7 @@ class Engine:
         step_tokens: int = STEP_TOKENS,
         kv_bytes: int | None = None,
     ) -> None:
+        step_tokens = max(step_tokens, max_running)
         self.model = model
         self.tokenizer = tokenizer
         self.context = model.context

@@ -24,12 +24,14 @@ FREE_MEMORY_FOR_KV = 0.5  # of what is free once the weights are there
 class ChatModel:
     """An engine with the name it goes by and the facts people ask about (JSON-able).
 
-    startup   seconds that each part of loading took
+    fingerprint   changes whenever the same request could get another reply
+    startup       seconds that each part of loading took
     """
 
     engine: Engine
     name: str
     about: dict[str, Any]
+    fingerprint: str = ""
     startup: dict[str, float] = field(default_factory=dict)
 
 
@@ -48,6 +50,27 @@ def require_trained(storage: str, run: str, stage: str) -> None:
     if not (folder / stage / "checkpoints").list():
         command = {"sft": "jobs.sft", "base": "jobs.pretrain"}[stage]
         raise UserError(f"no trained model in {folder / stage}; train it with `python -m {command} {where}`")
+
+
+def describe_chat_model(
+    storage: str, run: str, stage: str, step: int | None, dtype: str | None
+) -> "tuple[str, Tokenizer, int, str, dict[str, Any]]":
+    """Name, tokenizer, context, fingerprint and facts of what `load_chat_model` would load; weights are not read.
+
+    Raises:
+        UserError: as `require_trained`, or the checkpoint of this step is not there.
+    """
+    from nanochat_ray.tokenizer import Tokenizer
+    from nanochat_ray.train.checkpoint import Checkpoints
+
+    require_trained(storage, run, stage)
+    folder = run_folder(storage, run)
+    checkpoints = Checkpoints.of(folder / stage)
+    step = checkpoints.steps()[-1] if step is None else step
+    plan = checkpoints.state(step).plan
+    about = {"run": run, "stage": stage, "step": step, "depth": plan.depth, "context": plan.model.sequence_len}
+    fingerprint = f"{checkpoints.digest(step)} {dtype or ''}"
+    return run, Tokenizer.load(folder / "tokenizer"), plan.model.sequence_len, fingerprint, about
 
 
 def load_chat_model(
@@ -99,7 +122,7 @@ def load_chat_model(
         "load_s": round(loaded - imported, 3),
         "engine_s": round(time.monotonic() - loaded, 3),
     }
-    return ChatModel(engine, run, about, startup)
+    return ChatModel(engine, run, about, startup=startup)
 
 
 def engine_of(
@@ -127,7 +150,7 @@ def step_model_of(model: "GPT", dtype: "torch.dtype", threads: int | None = None
         return TorchStep(model), f"torch on {model.device.type}"
     from kernels import cpu_step
 
-    reason = cpu_step.why_not(model.config)
+    reason = cpu_step.why_not(model.config, dtype)
     if reason is not None:
         return TorchStep(model), f"torch: {reason}"
     threads = threads or torch.get_num_threads()

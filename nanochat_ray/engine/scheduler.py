@@ -62,10 +62,11 @@ class Scheduler:
 
     Args:
         max_running: sequences in a step.
-        step_tokens: tokens in a step; bounds how long the others wait for a chunk of a prompt.
+        step_tokens: tokens in a step, at least `max_running`; bounds how long the others wait for a chunk of a prompt.
     """
 
     def __init__(self, blocks: KVBlocks, max_running: int, step_tokens: int) -> None:
+        assert step_tokens >= max_running, "a sequence that writes would be left out"
         self.blocks = blocks
         self.max_running = max_running
         self.step_tokens = step_tokens

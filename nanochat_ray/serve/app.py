@@ -1,13 +1,10 @@
-"""RAY SHELL: the chat server as a Ray Serve application, one deployment with a FastAPI ingress.
+"""RAY SHELL: the chat server as a Ray Serve application: an ingress in front of autoscaled engine replicas.
 
-    POST /v1/chat/completions   OpenAI's chat completions, streamed over SSE or whole
-    GET  /v1/models  /health  /stats  /openapi.json
-    GET  /                      the chat page
+    client ─▶ Serve's proxy ─▶ Ingress (api.py: HTTP, tokens, journal) ─▶ EngineReplica (replica.py: model, engine)
+                               cluster_backend.py goes on with a reply elsewhere when its replica is lost
 
-The model runs on the engine's own thread, so that health checks and other requests never wait for a decode step.
-Nothing a user wrote is logged.
-
-`serve.ingress` pickles `api` with its routes when it decorates the class, so what they use must be defined above it.
+A reply's replica is chosen by its conversation, so that the next turn finds its beginning in that replica's cache; when
+that replica is full the next one takes it.
 """
 
 import functools
@@ -17,190 +14,44 @@ import signal
 import socket
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import ray
-import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
-from starlette.exceptions import HTTPException
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
-from nanochat_ray import chat
+from nanochat_ray.cli import warn
 from nanochat_ray.cluster import STOP_SIGNALS, connect
-from nanochat_ray.engine.load import ChatModel, load_chat_model, require_trained
-from nanochat_ray.engine.worker import Busy, EngineThread, Ticket
+from nanochat_ray.engine.load import ChatModel, describe_chat_model, load_chat_model, require_trained
 from nanochat_ray.errors import UserError
-from nanochat_ray.serve import schema, sse
-from nanochat_ray.serve.http import Guard, page
-from nanochat_ray.serve.inbox import GenerationFailed, Inbox
+from nanochat_ray.serve.api import api_of
+from nanochat_ray.serve.backend import ServedModel
+from nanochat_ray.serve.cluster_backend import ClusterBackend
+from nanochat_ray.serve.keys import ApiKeys, read_keys
+from nanochat_ray.serve.replica import EngineReplica
+from nanochat_ray.storage import run_folder
+from nanochat_ray.train.checkpoint import Checkpoints
 
 APP_NAME = "chat"
 HOST = "127.0.0.1"
-MAX_REPLIES = 8  # written at the same time; each holds a KV cache
-GRACEFUL_SHUTDOWN_S = 5.0
-RETRY_AFTER_S = 2
-
-api = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)  # those pages load scripts from other sites
-api.add_middleware(Guard)
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    message, param = schema.describe_invalid(list(error.errors()))
-    return JSONResponse(schema.error_body(message, "invalid_request_error", param=param), status_code=400)
-
-
-@api.exception_handler(UserError)
-async def _refused(_: Request, error: UserError) -> JSONResponse:
-    return JSONResponse(schema.error_body(str(error), "invalid_request_error"), status_code=400)
-
-
-@api.exception_handler(Busy)
-async def _busy(_: Request, error: Busy) -> JSONResponse:
-    body = schema.error_body(f"{error}; try again soon", "overloaded_error", code="overloaded")
-    return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S)})
-
-
-@api.exception_handler(HTTPException)
-async def _http(_: Request, error: HTTPException) -> JSONResponse:
-    body = schema.error_body(str(error.detail), "invalid_request_error")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-def _completion_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def _usage(ticket: Ticket) -> schema.Usage:
-    generation = ticket.generation
-    return schema.Usage.of(generation.prompt_tokens, len(generation.ids) - generation.prompt_tokens)
-
-
-@serve.deployment(
-    # The engine refuses what it cannot take with an error that says so; Ray's own queue must not fill up before.
-    max_ongoing_requests=256,
-    graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-    health_check_period_s=5,
-)
-@serve.ingress(api)
-class ChatServer:
-    """One replica: a model, its engine thread, and the HTTP routes.
-
-    Args:
-        load: makes the model; called in the replica.
-        max_replies: how many replies are written at the same time.
-        threads: of the model on a CPU; None takes all cores. (Ray would tell torch to use one.)
-    """
-
-    def __init__(self, load: Callable[[], ChatModel], max_replies: int, threads: int | None) -> None:
-        torch.set_num_threads(threads or os.cpu_count() or 1)
-        self.chat = load()
-        self.engine = EngineThread(self.chat.engine, max_replies)
-        self.started = time.time()
-        self.html, self.policy = page()
-
-    def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
-        if not self.engine.healthy():
-            raise RuntimeError("the engine is stuck or has stopped")
-
-    @api.get("/", include_in_schema=False)
-    async def index(self) -> HTMLResponse:
-        return HTMLResponse(self.html, headers={"Content-Security-Policy": self.policy})
-
-    @api.get("/health")
-    async def health(self) -> JSONResponse:
-        """200 while the replica can generate."""
-        healthy = self.engine.healthy()
-        body = {"status": "ok" if healthy else "engine stuck", "model": self.chat.name}
-        return JSONResponse(body, status_code=200 if healthy else 503)
-
-    @api.get("/stats")
-    async def stats(self) -> dict[str, Any]:
-        """Totals since the start."""
-        counters = self.engine.counters
-        return {
-            "model": {"id": self.chat.name, **self.chat.about},
-            "uptime_s": round(time.time() - self.started, 1),
-            "replies": {
-                "active": self.engine.active,
-                "limit": self.engine.max_replies,
-                "completed": counters.completed,
-                "cancelled": counters.cancelled,
-                "failed": counters.failed,
-                "refused": counters.refused,
-            },
-            "tokens": counters.tokens,
-            "tokens_per_busy_second": round(counters.tokens / counters.busy_s, 1) if counters.busy_s else 0.0,
-        }
-
-    @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        model = {"id": self.chat.name, "object": "model", "created": int(self.started), "owned_by": "nanochat_ray"}
-        return {"object": "list", "data": [model]}
-
-    @api.post("/v1/chat/completions", response_model=schema.ChatResponse)
-    async def chat_completions(self, request: schema.ChatRequest) -> Any:
-        if request.model not in (None, self.chat.name):
-            message = f"there is no model {request.model!r} here, only {self.chat.name!r}"
-            body = schema.error_body(message, "invalid_request_error", code="model_not_found", param="model")
-            return JSONResponse(body, status_code=404)
-        params = request.sampling()
-        prompt_ids = chat.render_prompt(self.chat.engine.tokenizer, request.conversation())  # type: ignore[arg-type]
-        # Admitted (or refused) here, before the first byte of the answer, so that the status can still say so.
-        inbox = Inbox()
-        ticket = self.engine.submit(prompt_ids, params, inbox.put)
-        if request.stream:
-            include_usage = bool(request.stream_options and request.stream_options.include_usage)
-            return StreamingResponse(self._events(ticket, inbox, include_usage), media_type="text/event-stream")
-        return await self._whole(ticket, inbox)
-
-    async def _events(self, ticket: Ticket, inbox: Inbox, include_usage: bool) -> AsyncIterator[bytes]:
-        chunks = schema.ChunkMaker(_completion_id(), int(time.time()), self.chat.name)
-        try:
-            yield sse.frame(chunks.first())
-            async for piece in inbox.pieces():
-                if piece.text:
-                    yield sse.frame(chunks.text(piece.text))
-                if piece.tool:
-                    yield sse.frame(chunks.tool(piece.tool))
-                if piece.finish:
-                    yield sse.frame(chunks.last(piece.finish))
-            if include_usage:
-                yield sse.frame(chunks.usage(_usage(ticket)))
-            yield sse.DONE
-        except GenerationFailed:
-            yield sse.frame(schema.error_body("the model failed while it wrote this reply", "server_error"))
-        finally:  # also when the client has gone: then the exception is CancelledError or GeneratorExit
-            self.engine.cancel(ticket)
-
-    async def _whole(self, ticket: Ticket, inbox: Inbox) -> Any:
-        try:
-            pieces = [piece async for piece in inbox.pieces()]
-        except GenerationFailed:
-            body = schema.error_body("the model failed while it wrote this reply", "server_error")
-            return JSONResponse(body, status_code=500)
-        finally:
-            self.engine.cancel(ticket)
-        finish = pieces[-1].finish
-        assert finish is not None
-        message = schema.ReplyMessage(
-            content="".join(piece.text for piece in pieces),
-            tools=[schema.Tool.of(piece.tool) for piece in pieces if piece.tool and piece.tool.result is not None],
-        )
-        return schema.ChatResponse(
-            id=_completion_id(),
-            created=int(time.time()),
-            model=self.chat.name,
-            choices=[schema.Choice(message=message, finish_reason=schema.openai_finish(finish))],
-            usage=_usage(ticket),
-        )
+MAX_RUNNING = 16  # replies that a replica writes at the same time; on two cores more of them are not more tokens/s
+MAX_WAITING = 8  # replies that wait at a replica, so that its batch is full again at once when one ends
+MAX_QUEUED = 64  # replies that wait for a replica; whoever comes then is refused
+MAX_OPEN = 2048  # requests at the ingress, most of them waiting for tokens
+AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+# Serve's controller hears of the load each second, not each ten: it decides by the last three.
+METRICS_EVERY_S = 1.0
+_SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
 
 
 class Served(BaseModel):
@@ -211,78 +62,138 @@ class Served(BaseModel):
     storage: str
     run: str
     stage: Literal["sft", "base"] = "sft"
+    step: int | None = Field(default=None, ge=0)  # the newest valid checkpoint at the time of the deployment
     device: Literal["cuda", "mps", "cpu"] | None = None  # the best that there is
     dtype: Literal["bf16", "fp32"] | None = None  # what suits the device
-    max_replies: int = Field(MAX_REPLIES, ge=1)
-    threads: int | None = Field(None, ge=1)  # of the model on a CPU; all cores
+    max_running: int = Field(default=MAX_RUNNING, ge=1)
+    threads: int | None = Field(default=None, ge=1)  # of the model on a CPU; all cores
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    api_keys: str | None = None  # file of hashed keys, see keys.py; without one nobody needs a key
+    allowed_hosts: list[str] = []  # names to answer to beside loopback's, for a server behind others
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Served":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+@serve.deployment(max_ongoing_requests=MAX_OPEN, graceful_shutdown_timeout_s=5.0)
+@serve.ingress()
+class Ingress:
+    """What HTTP requests meet: everything but the model.
+
+    Args:
+        describe: the model's facts; called in the ingress.
+    """
+
+    def __init__(self, replicas: DeploymentHandle, describe: Callable[[], ServedModel], served: Served) -> None:
+        self._backend = ClusterBackend(replicas, describe())
+        self._keys = None
+        if served.api_keys:
+            self._keys = ApiKeys(read_keys(Path(served.api_keys)), time.monotonic)
+        self._allowed_hosts = served.allowed_hosts
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return api_of(self._backend, keys=self._keys, allowed_hosts=self._allowed_hosts)
 
 
 def build(args: Served) -> serve.Application:
     """The application for a trained stage of a run; `nanochat_ray.serve.app:build` is a Serve config's `import_path`.
 
+    Every replica, now and later, loads the checkpoint that is the newest valid one now.
+
     Raises:
-        UserError: nothing is trained there; says which command trains it.
+        UserError: nothing is trained there; says which command trains it. The file of API keys cannot be read.
     """
     require_trained(args.storage, args.run, args.stage)
-    load = functools.partial(load_chat_model, args.storage, args.run, args.stage, args.device, args.dtype)
-    return app_of(load, args.max_replies, args.threads)
+    if args.api_keys:
+        read_keys(Path(args.api_keys))
+    if args.step is None:
+        step = Checkpoints.of(run_folder(args.storage, args.run) / args.stage).newest_valid(warn)
+        args = args.model_copy(update={"step": step})
+    place = (args.storage, args.run, args.stage, args.device, args.dtype)
+    chosen: dict[str, Any] = {"step": args.step, "max_running": args.max_running, "threads": args.threads}
+    load = functools.partial(load_chat_model, *place, **chosen)
+    describe = functools.partial(_describe, args)
+    return app_of(load, describe, args)
 
 
-def app_of(
-    load: Callable[[], ChatModel], max_replies: int = MAX_REPLIES, threads: int | None = None
-) -> serve.Application:
-    """The application around any model that `load`, called in the replica, returns.
+def _describe(args: Served) -> ServedModel:
+    return ServedModel(*describe_chat_model(args.storage, args.run, args.stage, args.step, args.dtype))
 
-    The replica takes a GPU where the cluster that this process is connected to has one.
+
+def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], served: Served) -> serve.Application:
+    """The application around any model that `load`, called in a replica, returns.
+
+    A replica takes a GPU where the cluster that this process is connected to has one.
     """
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    deployment = cast(serve.Deployment, ChatServer).options(ray_actor_options={"num_cpus": 1, "num_gpus": gpus})
-    return deployment.bind(load, max_replies, threads)
+    replicas = cast(serve.Deployment, EngineReplica).options(
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        max_ongoing_requests=served.max_running + MAX_WAITING,
+        max_queued_requests=MAX_QUEUED,
+        health_check_period_s=5,
+        autoscaling_config=_autoscaling(served),
+        request_router_config=RequestRouterConfig(request_router_class=AFFINITY_ROUTER),  # type: ignore[arg-type]
+    )
+    ingress = cast(serve.Deployment, Ingress).options(ray_actor_options={"num_cpus": 0})
+    return ingress.bind(replicas.bind(load, MAX_WAITING, served.threads), describe, served)
+
+
+def _autoscaling(served: Served) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=served.min_replicas,
+        max_replicas=served.max_replicas,
+        target_ongoing_requests=0.75 * served.max_running,  # so that there is room while another one starts
+        look_back_period_s=3 * METRICS_EVERY_S,
+        metrics_interval_s=METRICS_EVERY_S,
+        upscale_delay_s=2.0,
+        downscale_delay_s=60.0,
+        policy=AutoscalingPolicy(policy_function="nanochat_ray.serve.autoscaling:policy"),
+    )
 
 
 def serve_until_interrupted(
-    storage: str,
-    run: str,
-    stage: str = "sft",
-    port: int = 8000,
-    address: str | None = None,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    on_ready: Callable[[str], None] = print,
+    served: Served, host: str, port: int, address: str | None, on_ready: Callable[[str], None]
 ) -> None:
-    """Serve a run's model on loopback until Ctrl-C or SIGTERM; then stop everything that was started.
+    """Serve a run's model until Ctrl-C or SIGTERM; then stop everything that was started.
 
     Args:
-        on_ready: called with the URL once the model answers.
+        on_ready: called with the URL once a replica answers, or, with `min_replicas` 0, once one can be started.
 
     Raises:
         UserError: nothing is trained there, the port is in use, or the model does not load.
     """
-    require_trained(storage, run, stage)
-    threads = os.environ.get("OMP_NUM_THREADS", "")  # the user's; in other processes Ray sets it
-    chosen = {"storage": storage, "run": run, "stage": stage, "device": device, "dtype": dtype}
-    served = Served.model_validate({**chosen, "threads": int(threads) if threads.isdigit() else None})
-    serve_app_until_interrupted(functools.partial(build, served), port, address, on_ready)
+    require_trained(served.storage, served.run, served.stage)
+    serve_app_until_interrupted(functools.partial(build, served), host, port, address, served.max_replicas, on_ready)
 
 
 def serve_app_until_interrupted(
-    build: Callable[[], serve.Application], port: int, address: str | None, on_ready: Callable[[str], None]
+    build: Callable[[], serve.Application],
+    host: str,
+    port: int,
+    address: str | None,
+    replicas: int,
+    on_ready: Callable[[str], None],
 ) -> None:
     """As `serve_until_interrupted`, for the application that `build` makes once the cluster is there."""
-    require_free_port(port)
+    require_free_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with connect(address):
+    for name, value in _SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with connect(address, workers=replicas):
         serve.start(
-            http_options={"host": HOST, "port": port},
+            http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         try:
             try:
                 serve.run(build(), name=APP_NAME, route_prefix="/")
-            except RuntimeError as error:  # Ray's: the replica did not start, with its traceback as text
-                raise UserError(f"the model could not be served: {_last_line(error)}") from error
-            on_ready(f"http://{HOST}:{port}")
+            except RuntimeError as error:  # Ray's, which names the deployment and not what is wrong with it
+                raise UserError(f"the model could not be served: {_why_not_started() or error}") from error
+            on_ready(f"http://{host}:{port}")
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
         finally:
@@ -291,17 +202,20 @@ def serve_app_until_interrupted(
             serve.shutdown()
 
 
-def _last_line(error: Exception) -> str:
-    return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+def _why_not_started() -> str:
+    """The last line of the traceback of a replica that did not start."""
+    deployments = serve.status().applications[APP_NAME].deployments.values()
+    lines = [line.strip() for deployment in deployments for line in deployment.message.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
 
 
-def require_free_port(port: int) -> None:
+def require_free_port(host: str, port: int) -> None:
     """Raises:
     UserError: something listens on the port already, or it may not be opened.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise UserError(f"port {port} on {HOST} cannot be opened ({error}); choose another with --port") from error
+            raise UserError(f"port {port} on {host} cannot be opened ({error}); choose another with --port") from error

@@ -1,13 +1,14 @@
 """What the HTTP side asks of whatever generates: one engine in this process, or replicas all over a cluster. No Ray.
 
-A reply is identified by its prompt and parameters alone: sampling is keyed by (seed, position), so a reply that is asked
-for again with the tokens it has (`said`) goes on with the tokens it would have had anyway, wherever that happens.
+A reply is determined by its prompt and parameters alone: sampling is keyed by (seed, position). So a reply that is
+asked for again with the tokens it has (`said`) goes on with the tokens that it would have had anyway, wherever that is.
 """
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.engine.reply import ChatTokenizer, Piece
 from nanochat_ray.engine.sampler import SamplingParams
 
@@ -29,7 +30,7 @@ class ReplyRequest:
     """One reply to generate.
 
     prompt    token ids, for a chat up to and with assistant_start
-    said      tokens of the reply that exist already; the reply goes on behind them
+    said      tokens of the reply that exist already, `max_tokens` counts them; the reply goes on behind them
     session   requests with the same session go to the same replica, if it has room: it may hold their beginning
     """
 
@@ -70,6 +71,11 @@ class ServedModel:
     context: int
     fingerprint: str
     about: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(chat: ChatModel) -> "ServedModel":
+        """The facts of a model that is loaded."""
+        return ServedModel(chat.name, chat.engine.tokenizer, chat.engine.context, chat.fingerprint, chat.about)
 
 
 class Backend(Protocol):

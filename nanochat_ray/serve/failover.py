@@ -4,6 +4,7 @@ Who reads the reply knows its prompt, its parameters and the tokens so far, and 
 is asked for again with the tokens it has. Nothing is lost, repeated or changed; the reader sees a pause.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 from nanochat_ray.engine.reply import Piece
 from nanochat_ray.serve.backend import GenerationFailed, ReplyRequest, Update, Waiting
 
+PAUSE_S = 0.2  # Serve's router hears a moment later than we do that a replica is gone
 MOST_LOSSES = 3  # in a row without a token between them: then it may be the reply that kills replicas
 
 Bundles = Callable[[ReplyRequest], AsyncGenerator[list[Update], None]]
@@ -47,3 +49,4 @@ async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncIterator[Up
         if losses >= MOST_LOSSES:
             raise GenerationFailed(f"{losses} replicas in a row were lost while they wrote this reply")
         yield Waiting("moved")
+        await asyncio.sleep(PAUSE_S)

@@ -28,12 +28,13 @@ class LocalBackend:
         max_waiting: replies that may wait for their turn.
     """
 
-    def __init__(self, chat: ChatModel, model: ServedModel, max_waiting: int) -> None:
-        self.model = model
+    def __init__(self, chat: ChatModel, max_waiting: int) -> None:
+        self.model = ServedModel.of(chat)
         self.thread = EngineThread(chat.engine, self._deliver, max_waiting)
-        self._startup = chat.startup
+        self._facts = {"startup": chat.startup, "about": chat.about}
         self._loop = asyncio.get_running_loop()
         self._inboxes: dict[Ticket, _Inbox] = {}
+        self._leaving = False
 
     async def generate(self, request: ReplyRequest) -> AsyncIterator[Update]:
         """See `Backend.generate`."""
@@ -43,7 +44,7 @@ class LocalBackend:
                     yield update
 
     async def bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
-        """As `generate`: what arrived meanwhile is one bundle."""
+        """As `generate`: what arrived meanwhile is one bundle. Ends early when replies are handed over."""
         try:
             ticket = self.thread.submit(request.prompt, request.params, request.said)
         except Full as full:
@@ -53,26 +54,40 @@ class LocalBackend:
             async for waiting in self._queued(ticket, inbox):
                 yield [waiting]
             finished = False
-            while not finished:
+            while not (finished or self._leaving):
                 await inbox.filled()
                 pieces = inbox.take()
                 finished = bool(pieces and pieces[-1].finish)
                 if pieces:
                     yield list(pieces)
-                if not finished:
+                if not (finished or self._leaving):
                     await asyncio.sleep(min(LONGEST_HOLD_BACK_S, HOLD_BACK_S * (self.thread.active - 1)))
         finally:  # also when nobody listens any more
             self._inboxes.pop(ticket, None)
             self.thread.cancel(ticket)
 
+    def hand_over(self) -> None:
+        """End all replies where they are, for another backend to go on with, and take no more."""
+        self._leaving = True
+        for inbox in self._inboxes.values():
+            inbox.wake()
+
     async def ready(self) -> tuple[bool, str]:
         """See `Backend.ready`."""
+        if self._leaving:
+            return False, "its machine is about to be taken"
         healthy = self.thread.healthy()
         return healthy, "ok" if healthy else "the engine is stuck"
 
     async def stats(self) -> list[dict[str, Any]]:
         """See `Backend.stats`."""
-        return [{"replica": "local", **self.thread.stats(), "startup": self._startup}]
+        return [{"replica": "local", **self.thread.stats(), **self._facts}]
+
+    @property
+    def kv_use(self) -> float:
+        """Part of the cache's blocks that replies hold."""
+        blocks = self.thread.engine.scheduler.blocks
+        return blocks.held / blocks.total
 
     def close(self) -> None:
         """Stop the engine's thread; replies in progress are dropped."""
@@ -108,6 +123,10 @@ class _Inbox:
 
     def put(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+        self._something.set()
+
+    def wake(self) -> None:
+        """Let whoever waits look, though nothing came."""
         self._something.set()
 
     async def filled(self) -> None:

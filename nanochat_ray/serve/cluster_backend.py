@@ -1,0 +1,145 @@
+"""RAY SHELL: a `Backend` whose replies are written by the replicas of a Serve deployment, wherever they are."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from typing import Any, cast
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import DeploymentStatus, ReplicaState
+
+from nanochat_ray.errors import UserError
+from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
+from nanochat_ray.serve.failover import ReplicaLost, continued
+
+NEWS_EVERY_S = 0.5  # for one that waits
+STATUS_HOLDS_S = 1.0
+ANSWER_WITHIN_S = 2.0  # a replica that cannot say within this time how it is, is not well
+
+
+class ClusterBackend:
+    """The replicas behind a handle. Must be used on one event loop."""
+
+    def __init__(self, replicas: DeploymentHandle, model: ServedModel) -> None:
+        self.model = model
+        self._replicas = replicas
+        self._not_begun: dict[object, None] = {}  # in order of arrival
+        self._status = _Status(replicas.deployment_name)
+
+    def generate(self, request: ReplyRequest) -> AsyncIterator[Update]:
+        """See `Backend.generate`."""
+        return continued(self._bundles, request)
+
+    async def ready(self) -> tuple[bool, str]:
+        """See `Backend.ready`."""
+        if any(answer is True for answer in await self._ask_all("healthy")):
+            return True, "ok"
+        return False, await self._status.in_words()
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """See `Backend.stats`."""
+        return [answer for answer in await self._ask_all("stats") if isinstance(answer, dict)]
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        if not await self._status.running():  # Serve's router would wait for a replica
+            return []
+        try:
+            return await self._replicas.broadcast(method).results_async(
+                timeout_s=ANSWER_WITHIN_S, return_exceptions=True
+            )
+        except (TimeoutError, RayError):  # replicas come and go; whoever asks wants to know who is well
+            return []
+
+    async def _bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
+        """A reply from some replica, as `failover.continued` wants it."""
+        handle = self._replicas.options(stream=True, session_id=request.session)
+        response = cast(DeploymentResponseGenerator[list[Update]], handle.generate.remote(request))
+        place = object()
+        self._not_begun[place] = None
+        following = asyncio.ensure_future(anext(response))
+        try:
+            async for news in self._until_begun(following, place):
+                yield [news]
+            del self._not_begun[place]
+            while True:
+                try:
+                    bundle = await following
+                except StopAsyncIteration:
+                    return
+                yield bundle
+                following = asyncio.ensure_future(anext(response))
+        except BackPressureError as error:
+            raise Busy("as many conversations wait as this server takes") from error
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except (RayActorError, TaskCancelledError, DeploymentUnavailableError) as error:
+            raise ReplicaLost(str(error)) from error
+        finally:
+            self._not_begun.pop(place, None)
+            following.cancel()
+            response.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration, RayError, BackPressureError):
+                await following
+
+    async def _until_begun(self, following: "asyncio.Future[Any]", place: object) -> AsyncIterator[Waiting]:
+        """Why a reply has not begun, each time that changes."""
+        told = None
+        while not (await asyncio.wait({following}, timeout=NEWS_EVERY_S))[0]:
+            if not await self._status.running():
+                news = Waiting("starting")
+            else:
+                news = Waiting("queued", ahead=list(self._not_begun).index(place))
+            if news != told:
+                told = news
+                yield news
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What the replica raised. A reply that was cancelled there, not here, is one that it does not want to finish."""
+    cause = error.cause
+    if isinstance(cause, (UserError, Busy, GenerationFailed)):
+        return cause
+    if isinstance(cause, (RayActorError, TaskCancelledError, asyncio.CancelledError)):
+        return ReplicaLost(str(error))
+    return GenerationFailed(f"the replica failed ({type(cause).__name__})")
+
+
+class _Status:
+    """What Serve's controller knows of a deployment of this application, asked at most once a second."""
+
+    def __init__(self, deployment: str) -> None:
+        self._deployment = deployment
+        self._asked_at = -STATUS_HOLDS_S
+        self._states: dict[ReplicaState, int] = {}
+        self._trouble = ""
+        self._asking = asyncio.Lock()
+
+    async def running(self) -> int:
+        """Replicas that take requests."""
+        await self._refresh()
+        return self._states.get(ReplicaState.RUNNING, 0)
+
+    async def in_words(self) -> str:
+        """Why there is no replica to answer."""
+        await self._refresh()
+        if self._states.get(ReplicaState.RUNNING):
+            return "the replicas do not answer"
+        if self._trouble:
+            return f"no replica can be started: {self._trouble}"
+        return "starting a replica" if self._states else "no replica runs; the next message starts one"
+
+    async def _refresh(self) -> None:
+        async with self._asking:
+            if time.monotonic() - self._asked_at < STATUS_HOLDS_S:
+                return
+            application = serve.get_replica_context().app_name
+            status = await asyncio.to_thread(serve.status)
+            self._asked_at = time.monotonic()
+            deployment = status.applications[application].deployments[self._deployment]
+            self._states = deployment.replica_states
+            failing = deployment.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED)
+            self._trouble = deployment.message.strip().splitlines()[-1] if failing and deployment.message else ""

@@ -1,0 +1,117 @@
+"""RAY SHELL: a replica: a model and its engine, in an actor of Ray Serve.
+
+The model runs on the engine's own thread, so that health checks and other calls never wait for a decode step.
+"""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve.schema import ReplicaState
+
+from nanochat_ray.engine.load import ChatModel
+from nanochat_ray.engine.sampler import SamplingParams
+from nanochat_ray.serve.backend import ReplyRequest, Update
+from nanochat_ray.serve.local import LocalBackend
+
+NOTICE_CHECK_S = 1.0
+HAND_OVER_BEFORE_S = 3.0  # of the end of a notice; then whoever cannot go on elsewhere at once has to wait there
+GRACEFUL_SHUTDOWN_S = 60.0  # replies may end so long on a replica that is being stopped; then they go on elsewhere
+
+
+@serve.deployment(graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S, graceful_shutdown_wait_loop_s=0.5)
+class EngineReplica:
+    """One replica.
+
+    Args:
+        load: makes the model; called in the replica.
+        max_waiting: replies that may wait beside those that run.
+        threads: of the model on a CPU; None takes all cores. (Ray would tell torch to use one.)
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, load: Callable[[], ChatModel], max_waiting: int, threads: int | None
+    ) -> None:
+        torch.set_num_threads(threads or os.cpu_count() or 1)
+        chat = await asyncio.to_thread(load)
+        began = time.monotonic()
+        await asyncio.to_thread(_warm_up, chat)
+        chat.startup["warm_up_s"] = round(time.monotonic() - began, 3)
+        self._backend = LocalBackend(chat, max_waiting)
+        self._about = {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "host": socket.gethostname(),
+        }
+        self._watching = asyncio.create_task(self._watch_for_notice())
+
+    async def generate(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
+        """The rest of a reply in bundles. Ends before the piece with `finish` when this replica hands it over.
+
+        Raises:
+            UserError, Busy, GenerationFailed: as `Backend.generate`.
+        """
+        async with aclosing(self._backend.bundles(request)) as bundles:
+            async for bundle in bundles:
+                yield bundle
+
+    async def healthy(self) -> bool:
+        """Whether it can generate now."""
+        return (await self._backend.ready())[0]
+
+    async def stats(self) -> dict[str, Any]:
+        """See `Backend.stats`."""
+        (stats,) = await self._backend.stats()
+        return {**stats, **self._about}
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if not self._backend.thread.healthy():
+            raise RuntimeError("the engine is stuck")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve for the autoscaling policy."""
+        return {"kv_use": self._backend.kv_use}
+
+    def __del__(self) -> None:
+        self._watching.cancel()
+        self._backend.close()
+
+    async def _watch_for_notice(self) -> None:
+        """When this machine is about to be taken: hand all replies over as soon as another replica can go on."""
+        from ray._private.state import state  # the public API does not tell which machines are draining
+
+        node = ray.get_runtime_context().get_node_id()
+        while True:
+            await asyncio.sleep(NOTICE_CHECK_S)
+            deadline_ms = (await asyncio.to_thread(state.get_draining_nodes)).get(node)
+            if deadline_ms is None:
+                continue
+            left_s = deadline_ms / 1000 - time.time()
+            if left_s < HAND_OVER_BEFORE_S or await asyncio.to_thread(_others_run):
+                self._backend.hand_over()
+                return
+
+
+def _others_run() -> bool:
+    """Whether another replica of this deployment runs; one that is being stopped does not count as running."""
+    context = serve.get_replica_context()
+    deployment = serve.status().applications[context.app_name].deployments[context.deployment]
+    states = deployment.replica_states
+    migrating = states.get(ReplicaState.STOPPING, 0) + states.get(ReplicaState.PENDING_MIGRATION, 0)
+    return states.get(ReplicaState.RUNNING, 0) > (0 if migrating else 1)
+
+
+def _warm_up(chat: ChatModel) -> None:
+    """The first step allocates, and on some devices compiles; no reply should wait for that."""
+    prompt = [chat.engine.tokenizer.special(name) for name in ("bos", "user_start", "user_end", "assistant_start")]
+    for _ in chat.engine.stream(prompt, SamplingParams(temperature=0.0, max_tokens=2)):
+        pass
