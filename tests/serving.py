@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], ready: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def running(
+    command: list[str], ready: str, environment: Mapping[str, str] = os.environ
+) -> Iterator[tuple[subprocess.Popen, str]]:
     """A process and its first line of output that contains `ready`; interrupted at the end, when it must exit."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

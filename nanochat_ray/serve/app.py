@@ -23,6 +23,7 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -138,7 +139,9 @@ def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], s
         autoscaling_config=_autoscaling(served),
         request_router_config=RequestRouterConfig(request_router_class=AFFINITY_ROUTER),  # type: ignore[arg-type]
     )
-    ingress = cast(serve.Deployment, Ingress).options(ray_actor_options={"num_cpus": 0})
+    # With Serve's own proxy and controller: then no spot machine that is taken has the journal or the connections.
+    on_head = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
+    ingress = cast(serve.Deployment, Ingress).options(ray_actor_options=on_head)
     return ingress.bind(replicas.bind(load, MAX_WAITING, served.threads), describe, served)
 
 
@@ -185,6 +188,7 @@ def serve_app_until_interrupted(
         os.environ.setdefault(name, value)
     with connect(address, workers=replicas):
         serve.start(
+            proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )

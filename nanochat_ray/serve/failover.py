@@ -5,7 +5,7 @@ is asked for again with the tokens it has. Nothing is lost, repeated or changed;
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ class ReplicaLost(Exception):
     """The replica that wrote a reply is gone, or does not want to go on."""
 
 
-async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncIterator[Update]:
+async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncGenerator[Update, None]:
     """The whole reply, whoever writes it.
 
     Args:
