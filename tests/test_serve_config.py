@@ -43,8 +43,8 @@ def test_serve_accepts_its_config_and_knows_every_key():
     config = without_placeholders((ROOT / "cluster" / "serve.yaml").read_text())
     ServeDeploySchema.model_validate(config)
     assert unknown_fields(config, ServeDeploySchema) == []
-    config["applications"][0]["deployments"][0]["autoscaling_config"]["min_replica"] = 1
-    assert unknown_fields(config, ServeDeploySchema) == [".applications.deployments.autoscaling_config.min_replica"]
+    config["applications"][0]["deployments"][0]["ray_actor_options"]["num_cpu"] = 1
+    assert unknown_fields(config, ServeDeploySchema) == [".applications.deployments.ray_actor_options.num_cpu"]
 
 
 def test_the_rayservice_deploys_that_config():
@@ -53,7 +53,8 @@ def test_the_rayservice_deploys_that_config():
 
 
 def test_serve_finds_the_application_and_its_builder_takes_these_arguments():
-    from nanochat_ray.serve.app import APP_NAME, MAX_REPLIES, ChatServer, Served
+    from nanochat_ray.serve.app import APP_NAME, Served
+    from nanochat_ray.serve.replica import EngineReplica
 
     (application,) = without_placeholders((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
     module, name = application["import_path"].split(":")
@@ -64,7 +65,6 @@ def test_serve_finds_the_application_and_its_builder_takes_these_arguments():
     with pytest.raises(ValidationError):
         Served.model_validate({**application["args"], "stages": "sft"})
     (deployment,) = application["deployments"]
-    assert (application["name"], deployment["name"]) == (APP_NAME, ChatServer.name)
-    assert deployment["autoscaling_config"]["target_ongoing_requests"] < MAX_REPLIES
+    assert (application["name"], deployment["name"]) == (APP_NAME, EngineReplica.name)
     groups = {each["groupName"]: each for each in ray_clusters()["RayService"]["workerGroupSpecs"]}
-    assert groups["spot"]["maxReplicas"] == deployment["autoscaling_config"]["max_replicas"]
+    assert groups["spot"]["maxReplicas"] == application["args"]["max_replicas"]
