@@ -97,6 +97,8 @@ class ScriptedModel:
 
     def _next(self, ids: list[int]) -> int:
         end, said = self._tokenizer.special("assistant_end"), []
+        if self._tokenizer.special("user_start") not in ids:  # no chat, but text to go on with
+            return ord(".")
         if self._tokenizer.special("assistant_start") in ids:
             start = len(ids) - ids[::-1].index(self._tokenizer.special("assistant_start"))
             ids, said = ids[:start], ids[start:]
@@ -104,11 +106,14 @@ class ScriptedModel:
         question = self._tokenizer.decode(ids[user:])
         script = next((script for key, script in self.scripts.items() if key in question), self.scripts[""])
         token = script[len(said)] if len(said) < len(script) else end
+        if token == HANG:
+            time.sleep(1000)
         if token == CRASH:
             raise RuntimeError("the scripted model fails here")
         return token
 
 
+HANG = -2  # in a script: the model never comes back from its step
 CRASH = -1  # in a script: the model raises instead of answering
 
 
@@ -132,6 +137,14 @@ HOSTILE = (
 MARKDOWN = "# Title\n\nSome **bold** and `code`:\n\n```python\nprint('<b>hi</b>')\n```\n\n- one\n- two\n"
 
 
+def load_that_hangs() -> ChatModel:
+    """As `load_scripted`, in a replica that notices within seconds that its engine is stuck."""
+    from nanochat_ray.engine import worker
+
+    worker.STUCK_AFTER_S = 2.0
+    return load_scripted()
+
+
 def load_scripted() -> ChatModel:
     """The model behind the server in tests; importable, because it is loaded in the replica."""
     scripts = {
@@ -141,6 +154,7 @@ def load_scripted() -> ChatModel:
         "hostile": script(HOSTILE),
         "markdown": script(MARKDOWN),
         "crash": [*script("Half a"), CRASH],
+        "hang": [*script("Half a"), HANG],
         "": script("Hello from the script."),
     }
     engine = Engine(ScriptedModel(scripts, seconds_per_step=0.02), ByteTokenizer(), max_running=3)

@@ -1,5 +1,6 @@
 """The chat server as a test needs it: in a process of its own (Ray and all), with the scripted model behind it."""
 
+import json
 import os
 import signal
 import socket
@@ -9,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MAX_RUNNING = 3
+MAX_RUNNING, MAX_QUEUED = 3, 4
 
 
 def free_port() -> int:
@@ -51,28 +53,35 @@ def running(
 class Server:
     url: str
     logs: Path  # where its Ray cluster writes
+    process: subprocess.Popen
 
 
 @contextmanager
-def scripted_server() -> Iterator[Server]:
-    """A server with the scripted model."""
-    with running(["-m", "tests.serving", str(free_port())], ready="http://") as (_, line):
+def scripted_server(load: str = "load_scripted", **served: Any) -> Iterator[Server]:
+    """A server with the scripted model, as a function of tests/fakes.py loads it; `served` as fields of `Served`."""
+    chosen = {"storage": "none", "run": "scripted", "max_running": MAX_RUNNING, "max_queued": MAX_QUEUED, **served}
+    command = ["-m", "tests.serving", str(free_port()), load, json.dumps(chosen)]
+    with running(command, ready="http://") as (process, line):
         url, logs = line.split()
-        yield Server(url, Path(logs))
+        yield Server(url, Path(logs), process)
 
 
-def main(port: int) -> None:
+def main(port: int, load: str, chosen: dict[str, Any]) -> None:
     import ray
 
     from nanochat_ray.serve.app import HOST, Served, app_of, serve_app_until_interrupted
-    from tests.fakes import describe_scripted, load_scripted
+    from tests import fakes
 
     def on_ready(url: str) -> None:
         print(url, ray._private.worker._global_node.get_logs_dir_path())
 
-    served = Served(storage="none", run="scripted", max_running=MAX_RUNNING)
-    serve_app_until_interrupted(lambda: app_of(load_scripted, describe_scripted, served), HOST, port, None, 1, on_ready)
+    served = Served(**chosen)
+
+    def build() -> Any:
+        return app_of(getattr(fakes, load), fakes.describe_scripted, served)
+
+    serve_app_until_interrupted(build, HOST, port, None, served.max_replicas, on_ready)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

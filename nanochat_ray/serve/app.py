@@ -67,6 +67,7 @@ class Served(BaseModel):
     device: Literal["cuda", "mps", "cpu"] | None = None  # the best that there is
     dtype: Literal["bf16", "fp32"] | None = None  # what suits the device
     max_running: int = Field(default=MAX_RUNNING, ge=1)
+    max_queued: int = Field(default=MAX_QUEUED, ge=1)
     threads: int | None = Field(default=None, ge=1)  # of the model on a CPU; all cores
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
@@ -95,6 +96,10 @@ class Ingress:
         if served.api_keys:
             self._keys = ApiKeys(read_keys(Path(served.api_keys)), time.monotonic)
         self._allowed_hosts = served.allowed_hosts
+
+    def report(self, stats: dict[str, Any]) -> None:
+        """Called by each replica every second."""
+        self._backend.note(stats)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return api_of(self._backend, keys=self._keys, allowed_hosts=self._allowed_hosts)
@@ -134,7 +139,7 @@ def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], s
     replicas = cast(serve.Deployment, EngineReplica).options(
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         max_ongoing_requests=served.max_running + MAX_WAITING,
-        max_queued_requests=MAX_QUEUED,
+        max_queued_requests=served.max_queued,
         health_check_period_s=5,
         autoscaling_config=_autoscaling(served),
         request_router_config=RequestRouterConfig(request_router_class=AFFINITY_ROUTER),  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """RAY SHELL: a `Backend` whose replies are written by the replicas of a Serve deployment, wherever they are."""
 
 import asyncio
+import contextvars
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
@@ -8,7 +9,7 @@ from typing import Any, cast
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import DeploymentStatus, ReplicaState
 
@@ -18,7 +19,7 @@ from nanochat_ray.serve.failover import ReplicaLost, continued
 
 NEWS_EVERY_S = 0.5  # for one that waits
 STATUS_HOLDS_S = 1.0
-ANSWER_WITHIN_S = 2.0  # a replica that cannot say within this time how it is, is not well
+REPORT_HOLDS_S = 5.0  # a replica that says nothing for so long is not well, or not there any more
 
 
 class ClusterBackend:
@@ -27,6 +28,7 @@ class ClusterBackend:
     def __init__(self, replicas: DeploymentHandle, model: ServedModel) -> None:
         self.model = model
         self._replicas = replicas
+        self._reports: dict[str, tuple[float, dict[str, Any]]] = {}  # by replica: when it came, and what it says
         self._not_begun: dict[object, None] = {}  # in order of arrival
         self._status = _Status(replicas.deployment_name)
 
@@ -36,28 +38,27 @@ class ClusterBackend:
 
     async def ready(self) -> tuple[bool, str]:
         """See `Backend.ready`."""
-        if any(answer is True for answer in await self._ask_all("healthy")):
+        if any(stats["healthy"] for stats in await self.stats()):
             return True, "ok"
         return False, await self._status.in_words()
 
     async def stats(self) -> list[dict[str, Any]]:
         """See `Backend.stats`."""
-        return [answer for answer in await self._ask_all("stats") if isinstance(answer, dict)]
+        oldest = time.monotonic() - REPORT_HOLDS_S
+        self._reports = {name: report for name, report in self._reports.items() if report[0] > oldest}
+        return [stats for _, stats in self._reports.values()]
 
-    async def _ask_all(self, method: str) -> list[Any]:
-        if not await self._status.running():  # Serve's router would wait for a replica
-            return []
-        try:
-            return await self._replicas.broadcast(method).results_async(
-                timeout_s=ANSWER_WITHIN_S, return_exceptions=True
-            )
-        except (TimeoutError, RayError):  # replicas come and go; whoever asks wants to know who is well
-            return []
+    def note(self, stats: dict[str, Any]) -> None:
+        """Take a replica's report of itself."""
+        self._reports[stats["replica"]] = (time.monotonic(), stats)
 
     async def _bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
         """A reply from some replica, as `failover.continued` wants it."""
         handle = self._replicas.options(stream=True, session_id=request.session)
-        response = cast(DeploymentResponseGenerator[list[Update]], handle.generate.remote(request))
+        # In a context of its own: else all calls of one HTTP request have that request's id, by which Serve's router
+        # (2.60) remembers them, and of several at the same time (`n` choices) some are never sent.
+        sent = contextvars.Context().run(handle.generate.remote, request)
+        response = cast(DeploymentResponseGenerator[list[Update]], sent)
         place = object()
         self._not_begun[place] = None
         following = asyncio.ensure_future(anext(response))
@@ -81,8 +82,9 @@ class ClusterBackend:
         finally:
             self._not_begun.pop(place, None)
             following.cancel()
-            response.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration, RayError, BackPressureError):
+            with suppress(RayError, RayServeException):  # raises what the reply ended with
+                response.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration, RayError, RayServeException):
                 await following
 
     async def _until_begun(self, following: "asyncio.Future[Any]", place: object) -> AsyncIterator[Waiting]:

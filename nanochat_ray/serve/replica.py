@@ -8,12 +8,13 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any
+from contextlib import aclosing, suppress
 
 import ray
 import torch
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ReplicaState
 
 from nanochat_ray.engine.load import ChatModel
@@ -21,6 +22,8 @@ from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.serve.backend import ReplyRequest, Update
 from nanochat_ray.serve.local import LocalBackend
 
+INGRESS = "Ingress"  # the deployment that replicas report to
+REPORT_EVERY_S = 1.0
 NOTICE_CHECK_S = 1.0
 HAND_OVER_BEFORE_S = 3.0  # of the end of a notice; then whoever cannot go on elsewhere at once has to wait there
 GRACEFUL_SHUTDOWN_S = 60.0  # replies may end so long on a replica that is being stopped; then they go on elsewhere
@@ -51,7 +54,7 @@ class EngineReplica:
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
         }
-        self._watching = asyncio.create_task(self._watch_for_notice())
+        self._tasks = [asyncio.create_task(self._report()), asyncio.create_task(self._watch_for_notice())]
 
     async def generate(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
         """The rest of a reply in bundles. Ends before the piece with `finish` when this replica hands it over.
@@ -63,15 +66,6 @@ class EngineReplica:
             async for bundle in bundles:
                 yield bundle
 
-    async def healthy(self) -> bool:
-        """Whether it can generate now."""
-        return (await self._backend.ready())[0]
-
-    async def stats(self) -> dict[str, Any]:
-        """See `Backend.stats`."""
-        (stats,) = await self._backend.stats()
-        return {**stats, **self._about}
-
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""
         if not self._backend.thread.healthy():
@@ -82,8 +76,20 @@ class EngineReplica:
         return {"kv_use": self._backend.kv_use}
 
     def __del__(self) -> None:
-        self._watching.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._backend.close()
+
+    async def _report(self) -> None:
+        """Tell every ingress how this replica is. To be asked would not do: a full replica takes no more calls."""
+        ingresses = serve.get_deployment_handle(INGRESS, serve.get_replica_context().app_name)
+        while True:
+            (stats,) = await self._backend.stats()
+            healthy, _ = await self._backend.ready()
+            report = ingresses.broadcast("report", {**stats, **self._about, "healthy": healthy})
+            with suppress(TimeoutError, RayError, RayServeException):  # ingresses come and go, too
+                await report.results_async(timeout_s=REPORT_EVERY_S, return_exceptions=True)
+            await asyncio.sleep(REPORT_EVERY_S)
 
     async def _watch_for_notice(self) -> None:
         """When this machine is about to be taken: hand all replies over as soon as another replica can go on."""
