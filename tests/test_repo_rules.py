@@ -39,6 +39,8 @@ RAY_SHELLS = {
     "nanochat_ray/train/spares.py",
     "nanochat_ray/train/worker.py",
     "nanochat_ray/serve/app.py",
+    "nanochat_ray/serve/cluster_backend.py",
+    "nanochat_ray/serve/replica.py",
 }
 BANNED_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 

@@ -1,0 +1,108 @@
+"""Compiles the fused CPU step for the machine it runs on, once, with the machine's own compiler.
+
+The library is kept in $XDG_CACHE_HOME/nanochat_ray/kernels (default ~/.cache) under a name that says what it was made
+of: sources, flags, compiler and processor. A second process, or the next run, loads it in milliseconds.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_ray.errors import UserError
+
+SOURCES = Path(__file__).with_name("cpu_step")
+# No contraction: where the compiler fused a·b + c on its own, it would do so in one loop and not in another, and equal
+# tokens would get unequal bits.
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@functools.cache
+def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library, compiled if need be; `extra_flags` come after all others.
+
+    Raises:
+        UserError: it cannot be compiled or kept here; says why.
+    """
+    compiler = find_compiler()
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [*compiler, *FLAGS, native, *extra_flags]
+    target = cache_folder() / f"cpu_step-{_fingerprint(command)}.so"
+    if not target.is_file():
+        compile_to(target, command)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise UserError(f"the compiled kernel does not load: {error}; delete {target} to compile it again") from error
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_ray" / "kernels"
+
+
+def find_compiler() -> list[str]:
+    """$CXX, or the first of c++, g++ and clang++ that is installed.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [chosen] if chosen else [[name] for name in COMPILERS]:
+        if shutil.which(candidate[0]):
+            return candidate
+    if chosen:
+        raise UserError(f"no C++ compiler: $CXX is {shlex.join(chosen)}, which is not installed")
+    raise UserError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed; on Debian: apt install g++")
+
+
+def compile_to(target: Path, command: Sequence[str]) -> None:
+    """Compile the sources; `target` appears whole, so several processes may do this at once.
+
+    Raises:
+        UserError: with the compiler's first error.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder, target.name)
+            run = subprocess.run(
+                [*command, str(SOURCES / "step.cpp"), "-o", str(made)], capture_output=True, text=True, errors="replace"
+            )
+            if run.returncode:
+                raise UserError(f"{command[0]} cannot compile the CPU kernel: {_first_error(run.stderr)}")
+            os.replace(made, target)
+    except OSError as error:
+        raise UserError(f"the CPU kernel cannot be kept in {target.parent}: {error}; set XDG_CACHE_HOME") from error
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
+
+
+def _fingerprint(command: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    version = subprocess.run([command[0], "--version"], capture_output=True).stdout
+    for part in (shlex.join(command).encode(), version, _processor()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> bytes:
+    """What `native` depends on: a home directory may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    names = (b"flags", b"Features", b"model name", b"CPU part", b"isa")
+    return b"\n".join(sorted({line for line in lines if line.startswith(names)}))
