@@ -57,7 +57,7 @@ class Engine:
         blocks = _blocks_per_group(model, max_running, step_tokens, kv_bytes)
         model.allocate(blocks)
         self.scheduler = Scheduler(KVBlocks(windows, blocks), max_running, step_tokens)
-        self._over_before_begun: list[tuple[RunningReply, Outcome]] = []
+        self._over_before_begun: list[RunningReply] = []
 
     def add(self, prompt: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> "RunningReply":
         """`prepare` and `enqueue`."""
@@ -91,7 +91,7 @@ class Engine:
     def enqueue(self, reply: "RunningReply") -> None:
         """Put a prepared reply at the end of the queue."""
         if reply.finished:
-            self._over_before_begun.append((reply, reply.take_first()))
+            self._over_before_begun.append(reply)
         else:
             self.scheduler.add(reply.slot)
 
@@ -99,6 +99,8 @@ class Engine:
         """End a reply as it is and free its blocks. Idempotent."""
         reply.finished = True
         self.scheduler.remove(reply.slot)
+        if reply in self._over_before_begun:
+            self._over_before_begun.remove(reply)
 
     @property
     def busy(self) -> bool:
@@ -107,7 +109,8 @@ class Engine:
 
     def step(self) -> list[tuple["RunningReply", Outcome]]:
         """One call of the model: what every reply got that took part, or the exception that ended it."""
-        over, self._over_before_begun = self._over_before_begun, []
+        over: list[tuple[RunningReply, Outcome]] = [(reply, reply.take_first()) for reply in self._over_before_begun]
+        self._over_before_begun.clear()
         turns = self.scheduler.schedule()
         return over + self._run(turns) if turns else over
 
@@ -117,7 +120,11 @@ class Engine:
         Raises:
             UserError: as `add`.
         """
-        reply = self.add(prompt, params, said)
+        reply = self.prepare(prompt, params, said)
+        if reply.finished:
+            yield from reply.take_first()
+            return
+        self.enqueue(reply)
         try:
             while not reply.finished:
                 for other, outcome in self.step():

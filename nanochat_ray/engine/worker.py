@@ -22,7 +22,7 @@ Deliver = Callable[[list[tuple["Ticket", Outcome]]], None]
 
 
 class Full(Exception):
-    """As many replies wait or are being written as the engine takes."""
+    """As many replies wait or are being written as the engine takes, or it has stopped."""
 
 
 @dataclass(eq=False)
@@ -49,7 +49,8 @@ class EngineThread:
     """The only thread that touches the model.
 
     Args:
-        deliver: called on the engine's thread after each step.
+        deliver: called on the engine's thread after each step. If it or the engine itself raises, every reply fails and
+            the thread ends.
         max_waiting: replies that may wait beside those that run.
     """
 
@@ -72,10 +73,12 @@ class EngineThread:
 
         Raises:
             UserError: as `Engine.add`.
-            Full: too many replies wait.
+            Full: too many replies wait, or the thread has ended.
         """
         ticket = Ticket(self.engine.prepare(prompt, params, said))
         with self._changed:
+            if self._closing:
+                raise Full("the engine has stopped")
             if len(self._active) >= self._most:
                 self.counters.refused += 1
                 raise Full(f"{len(self._active)} replies are being written or wait already")
@@ -131,14 +134,22 @@ class EngineThread:
         }
 
     def _run(self) -> None:
-        while self._take_in():
-            began = self._step_began = time.monotonic()
-            outcomes = self.engine.step()
-            self._step_began = None
-            self.counters.steps += 1
-            self.counters.busy_s += time.monotonic() - began
-            if delivered := self._account(outcomes):
-                self._deliver(delivered)
+        try:
+            while self._take_in():
+                began = self._step_began = time.monotonic()
+                outcomes = self.engine.step()
+                self._step_began = None
+                self.counters.steps += 1
+                self.counters.busy_s += time.monotonic() - began
+                if delivered := self._account(outcomes):
+                    self._deliver(delivered)
+        except Exception as error:  # a defect of the engine or of `deliver`: it ends, and nobody may wait for it
+            with self._changed:
+                self._closing = True
+                failed, self._active = list(self._active), {}
+                self.counters.failed += len(failed)
+            self._deliver([(ticket, error) for ticket in failed])
+            raise
 
     def _take_in(self) -> bool:
         """Wait until there is something to step, and bring the engine's queue up to date; False when closing."""

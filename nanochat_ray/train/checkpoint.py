@@ -158,9 +158,7 @@ class Checkpoints:
         found = self._newest(self._measure, warn)
         return None if found is None else found[0]
 
-    def load(
-        self, warn: Callable[[str], None], files: Sequence[str] = FILES, step: int | None = None
-    ) -> Loaded | None:
+    def load(self, warn: Callable[[str], None], files: Sequence[str] = FILES, step: int | None = None) -> Loaded | None:
         """The newest checkpoint that verifies, each of its files read once; otherwise as `newest_valid`.
 
         Args:
