@@ -1,34 +1,33 @@
-"""What surrounds the server: who may call, how much they may send, and what every answer carries."""
+"""What surrounds the server: who may call, how much they may send and how slowly, and what every answer carries."""
 
 import asyncio
+import logging
 
 import pytest
 
-from nanochat_ray.serve.http import Guard, page
+from nanochat_ray.serve.http import OWNER, Guard
+from nanochat_ray.serve.keys import ApiKeys, create_key, read_keys
 from nanochat_ray.serve.schema import MAX_BODY_BYTES
+from tests.asgi import LOCAL, Answer, Client
 
 
-def ask(headers: dict[str, str], portions: list[bytes]) -> tuple[int, dict[bytes, bytes]]:
-    """Status and headers of a request to an application that reads the whole body and answers 200."""
-    sent: list = []
+def reading(seen: list | None = None):
+    """An application that reads the whole body and answers 200."""
 
     async def application(scope, receive, send):
+        if seen is not None:
+            seen.append(scope)
         while (await receive())["more_body"]:
             pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"fine"})
 
-    async def receive():
-        return {"type": "http.request", "body": portions.pop(0), "more_body": bool(portions)}
-
-    async def send(message):
-        sent.append(message)
-
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(Guard(application)({"type": "http", "headers": raw}, receive, send))
-    return sent[0]["status"], dict(sent[0]["headers"])
+    return application
 
 
-LOCAL = {"host": "127.0.0.1:8000"}
+def ask(headers: dict[str, str], portions: list[bytes], path: str = "/v1/x", app=None, **options) -> Answer:
+    client = Client(Guard(app or reading(), **options), headers=None)
+    return asyncio.run(client.ask(path, portions=portions, headers=headers, method="POST"))
 
 
 @pytest.mark.parametrize(
@@ -43,36 +42,33 @@ LOCAL = {"host": "127.0.0.1:8000"}
         ({**LOCAL, "origin": "https://evil.example"}, 403),
         ({**LOCAL, "origin": "http://127.0.0.1:9999"}, 403),
         ({**LOCAL, "origin": "null"}, 403),
+        ({"host": "[::1"}, 403),
+        ({**LOCAL, "origin": "http://[::1"}, 403),
         ({**LOCAL, "content-length": str(MAX_BODY_BYTES + 1)}, 413),
+        ({**LOCAL, "content-length": "1" + "0" * 5000}, 413),
+        ({**LOCAL, "content-length": "-1"}, 200),
     ],
 )
 def test_only_this_machine_and_its_own_page_are_served(headers, status):
-    assert ask(headers, [b""])[0] == status
+    assert ask(headers, [b""]).status == status
+
+
+def test_a_server_may_be_told_more_names():
+    headers = {"host": "Chat.example:80"}
+    assert ask(headers, [b""], allowed_hosts=["chat.EXAMPLE"]).status == 200
+    assert ask(headers, [b""], allowed_hosts=["*"]).status == 200
+    assert ask(headers, [b""], allowed_hosts=["other.example"]).status == 403
+    assert ask({**headers, "origin": "http://evil.example"}, [b""], allowed_hosts=["*"]).status == 403
 
 
 def test_a_body_without_a_length_is_cut_off_at_the_limit():
-    assert ask(LOCAL, [b"x" * 600_000])[0] == 200
-    assert ask(LOCAL, [b"x" * 600_000] * 2)[0] == 413
+    assert ask(LOCAL, [b"x" * 600_000]).status == 200
+    answer = ask(LOCAL, [b"x" * 600_000] * 17)
+    assert answer.status == 413
+    assert "larger than" in answer.error["message"]
 
 
-def test_every_answer_has_the_security_headers():
-    for headers in (LOCAL, {}):
-        answered = ask(headers, [b""])[1]
-        assert answered[b"x-content-type-options"] == b"nosniff"
-        assert answered[b"x-frame-options"] == b"DENY"
-
-
-def test_the_page_has_no_outside_resources_and_a_policy_for_exactly_its_script_and_style():
-    html, policy = page()
-    assert "'unsafe" not in policy
-    assert policy.count("'sha256-") == html.count("<script>") + html.count("<style>") == 2
-    assert "http://" not in html.replace("http://www.w3.org/2000/svg", "")
-    assert "https://" not in html
-    assert "innerHTML" not in html
-    assert " style=" not in html
-
-
-def test_a_body_without_length_that_grows_too_large_is_named_even_if_the_app_calls_it_malformed():
+def test_a_body_that_is_too_large_is_named_even_if_the_app_calls_it_malformed():
     async def app(scope, receive, send):
         try:
             while (await receive()).get("more_body"):
@@ -81,30 +77,90 @@ def test_a_body_without_length_that_grows_too_large_is_named_even_if_the_app_cal
             await send({"type": "http.response.start", "status": 400, "headers": []})
             await send({"type": "http.response.body", "body": b"malformed"})
 
-    async def chunks():
-        return {"type": "http.request", "body": b"x" * 2**20, "more_body": True}
-
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "headers": [(b"host", b"localhost")]}
-    asyncio.run(Guard(app)(scope, chunks, send))
-    assert [message.get("status") for message in sent] == [413, None]
-    assert b"larger than" in sent[1]["body"]
+    assert ask(LOCAL, [b"x" * 2**20] * 2, app=app).status == 413
 
 
-@pytest.mark.parametrize("header", [(b"host", b"[::1"), (b"origin", b"http://[::1")])
-def test_a_malformed_address_is_refused(header):
+def test_a_body_that_comes_too_slowly_is_given_up():
+    async def dribble() -> Answer:
+        client = Client(Guard(reading(), body_timeout_s=0.05))
+        return await client.ask("/v1/x", portions=[b"x"] * 1000, seconds_between=0.01)
+
+    answer = asyncio.run(dribble())
+    assert answer.status == 408
+    assert "longer than 0.05 seconds" in answer.error["message"]
+
+
+def test_every_answer_has_the_security_headers_and_none_opens_it_to_other_sites():
+    for headers in (LOCAL, {}):
+        answered = ask(headers, [b""]).headers
+        assert answered["x-content-type-options"] == "nosniff"
+        assert answered["x-frame-options"] == "DENY"
+        assert not [name for name in answered if name.startswith("access-control")]
+
+
+def test_what_nobody_caught_is_answered_and_logged_without_its_message(caplog):
     async def app(scope, receive, send):
-        pytest.fail("the app must not see this")
+        raise KeyError("my secret diary")
 
-    sent = []
+    with caplog.at_level(logging.DEBUG):
+        answer = ask(LOCAL, [b""], app=app)
+    assert (answer.status, answer.error["type"]) == (500, "server_error")
+    assert "KeyError" in caplog.text
+    assert "secret" not in caplog.text + str(answer.content)
 
-    async def send(message):
-        sent.append(message)
 
-    headers = [header] if header[0] == b"host" else [(b"host", b"localhost"), header]
-    asyncio.run(Guard(app)({"type": "http", "headers": headers}, None, send))
-    assert sent[0]["status"] == 403
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """(a key with a rate, one without, the file that holds them)"""
+    (alice, line), (bob, other) = create_key("alice", per_minute=2), create_key("bob")
+    path = tmp_path / "keys"
+    path.write_text(f"# who may ask\n\n{line}  # two a minute\n{other}\n")
+    return alice, bob, path
+
+
+def test_a_key_is_asked_for_where_there_is_something_to_protect(stored):
+    alice, _, path = stored
+    keys = ApiKeys(read_keys(path), Clock())
+    seen: list = []
+    bearer = {**LOCAL, "authorization": f"Bearer {alice}"}
+    assert ask(bearer, [b""], keys=keys, app=reading(seen)).status == 200
+    assert seen[0][OWNER] == "alice"
+    for path, status in [("/v1/models", 401), ("/stats", 401), ("/metrics", 401), ("/health", 200), ("/page/x", 200)]:
+        assert ask(LOCAL, [b""], path, keys=keys).status == status
+
+
+@pytest.mark.parametrize("wrong", ["", "Bearer", "Bearer ", "Bearer nr-wrong", "Basic {}", "{}", "Bearer {}x", "é"])
+def test_wrong_keys_are_refused_with_a_challenge(stored, wrong):
+    keys = ApiKeys(read_keys(stored[2]), Clock())
+    answer = ask({**LOCAL, "authorization": wrong.format(stored[0])}, [b"x" * 3_000_000], keys=keys)
+    assert answer.status == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert (answer.error["type"], answer.error["code"]) == ("authentication_error", "invalid_api_key")
+
+
+def test_a_key_above_its_rate_is_told_when_to_come_back_and_others_are_not_held_up(stored):
+    alice, bob, path = stored
+    clock = Clock()
+    keys = ApiKeys(read_keys(path), clock)
+    header = f"Bearer {alice}"
+    statuses = [ask({**LOCAL, "authorization": header}, [b""], keys=keys).status for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    refused = ask({**LOCAL, "authorization": header}, [b""], keys=keys)
+    assert (refused.headers["retry-after"], refused.error["code"]) == ("30", "rate_limit_exceeded")
+    assert keys.check(f"bearer {bob}") == "bob"
+    assert keys.check(header, counts=False) == "alice"
+    clock.now += 30
+    assert keys.check(header) == "alice"
+    assert ask({**LOCAL, "authorization": header}, [b""], keys=keys).status == 429
+    clock.now += 3600
+    assert [ask({**LOCAL, "authorization": header}, [b""], keys=keys).status for _ in range(3)] == [200, 200, 429]

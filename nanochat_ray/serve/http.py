@@ -1,27 +1,33 @@
 """What surrounds every request and reply on HTTP: who may call, how much they may send, and security headers. No Ray.
 
-The server is for the person at this machine. Loopback alone does not ensure that: a web page from anywhere can make
-that person's browser send requests to 127.0.0.1, directly (stopped by the Origin check, and by sending no CORS
-headers) or under a name of its own that resolves to 127.0.0.1 (stopped by the Host check).
+The server is for the person at this machine, unless it was told other names to answer to. Loopback alone does not
+ensure that: a web page from anywhere can make that person's browser send requests to 127.0.0.1, directly (stopped by
+the Origin check, and by sending no CORS headers) or under a name of its own that resolves to 127.0.0.1 (stopped by the
+Host check).
 """
 
-import base64
-import hashlib
-import json
-import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import asyncio
+import logging
+import traceback
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanochat_ray.serve.schema import MAX_BODY_BYTES, error_body
+from nanochat_ray.serve.keys import ApiKeys
+from nanochat_ray.serve.refusals import Refusal
+from nanochat_ray.serve.schema import MAX_BODY_BYTES
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+ANY_HOST = "*"
+BODY_TIMEOUT_S = 20.0
+OWNER = "nanochat_ray.owner"  # in a request's scope: the name of the API key it came with
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -32,97 +38,130 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
 ]
 
-
-def page() -> tuple[str, str]:
-    """The chat page and its Content-Security-Policy, which allows exactly the page's own script and style."""
-    html = Path(__file__).with_name("ui.html").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hashes(html, 'script')}; style-src {_hashes(html, 'style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
-
-
-def _hashes(html: str, element: str) -> str:
-    contents = re.findall(rf"<{element}>(.*?)</{element}>", html, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+_log = logging.getLogger(__name__)
 
 
 class Guard:
-    """ASGI middleware that refuses foreign hosts, foreign origins and bodies over the limit, and adds the headers."""
+    """ASGI middleware that refuses foreign hosts, foreign origins, unknown keys and bodies over the limit or too slow.
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    Adds the security headers, and answers what nobody else caught without its message, which may be a user's text.
+
+    Args:
+        allowed_hosts: names to answer to beside loopback's; `*` for all, which only a server with keys should be told.
+        keys: without them nothing asks for one.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        allowed_hosts: Collection[str] = (),
+        keys: ApiKeys | None = None,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+    ) -> None:
         self._app = app
+        self._hosts = LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
+        self._keys = keys
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body(receive, self._body_timeout_s)
+        started = False
 
-        limit = _Limit(receive)
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if body.refusal and not started:
+                return  # the app takes a body that ends in an error for a malformed one; the refusal says it better
+            await send_unconditionally(message)
 
-        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+        async def send_unconditionally(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 present = {name for name, _ in message["headers"]}
                 added = [header for header in _HEADERS if header[0] not in present]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
-            if not limit.exceeded:  # the app takes a body that ends in an error for a malformed one
-                await send_with_headers(message)
+        refusal: Refusal | None = None
+        try:
+            self._check(scope)
+            with suppress(_BodyRefused):
+                await self._app(scope, body, send_with_headers)
+            refusal = body.refusal
+        except Refusal as found:
+            refusal = found
+        except Exception as error:
+            _log_without_message(error)
+            refusal = Refusal(500, "the server failed on this request", "server_error")
+        if refusal is not None and not started:
+            await refusal.response()(scope, receive, send_unconditionally)
 
-        refusal = _refusal(dict(scope["headers"]))
-        if refusal is None:
-            with suppress(_BodyTooLarge):
-                await self._app(scope, limit, send_unless_refused)
-            if not limit.exceeded:
-                return
-            refusal = 413, f"the body is larger than {MAX_BODY_BYTES} bytes"
-        await _refuse(send_with_headers, *refusal)
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        try:
+            name, from_host = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+        except ValueError:
+            raise Refusal(403, "the Host or Origin header is not a valid address") from None
+        if name not in self._hosts and ANY_HOST not in self._hosts:
+            raise Refusal(403, "this server answers only to the names localhost, 127.0.0.1 and those it was told")
+        if origin and from_host != host:
+            raise Refusal(403, "requests from pages of other sites are refused")
+        if self._keys is not None and _is_protected(scope.get("path", "")):
+            # Before the body: who may not ask need not send it.
+            authorization = headers.get(b"authorization", b"").decode("latin-1")
+            scope[OWNER] = self._keys.check(authorization, counts=scope["method"] == "POST")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and (len(length) > 15 or int(length) > MAX_BODY_BYTES):  # no number is too long to read
+            raise _too_large()
 
 
-class _BodyTooLarge(Exception):
+def _is_protected(path: str) -> bool:
+    return path == "/v1" or path.startswith(("/v1/", "/stats", "/metrics"))
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+
+
+class _BodyRefused(Exception):
     pass
 
 
-def _refusal(headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-    host = headers.get(b"host", b"").decode("latin-1")
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    try:
-        name, from_host = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
-    except ValueError:
-        return 403, "the Host or Origin header is not a valid address"
-    if name not in LOOPBACK_NAMES:
-        return 403, "this server answers only to the names localhost and 127.0.0.1"
-    if origin and from_host != host:
-        return 403, "requests from pages of other sites are refused"
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        return 413, f"the body is larger than {MAX_BODY_BYTES} bytes"
-    return None
+class _Body:
+    """Receives a body, as long as it is neither too large (it may come without Content-Length) nor too slow."""
 
-
-class _Limit:
-    """Receives a body, as long as it is not too large; it may come without Content-Length."""
-
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, timeout_s: float) -> None:
         self._receive = receive
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
         self._received = 0
-        self.exceeded = False
+        self._complete = False
+        self.refusal: Refusal | None = None
 
-    async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        now = asyncio.get_running_loop().time()
+        self._deadline = self._deadline or now + self._timeout_s
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = Refusal(408, f"the body took longer than {self._timeout_s:g} seconds to arrive")
+            raise _BodyRefused from None
+        self._complete = not message.get("more_body", False)
         self._received += len(message.get("body", b""))
         if self._received > MAX_BODY_BYTES:
-            self.exceeded = True
-            raise _BodyTooLarge
+            self.refusal = _too_large()
+            raise _BodyRefused
         return message
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(message, "invalid_request_error")).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _log_without_message(error: Exception) -> None:
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    _log.error("a request failed with %s at %s", type(error).__name__, " < ".join(reversed(places[-8:])))

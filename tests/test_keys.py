@@ -1,0 +1,58 @@
+"""The file of API keys: hashes only, and errors that name the line but never repeat it."""
+
+import hashlib
+
+import pytest
+
+from nanochat_ray.errors import UserError
+from nanochat_ray.serve.keys import StoredKey, create_key, read_keys
+
+HASH = hashlib.sha256(b"secret").hexdigest()
+
+
+def test_a_created_key_is_told_once_and_only_its_hash_is_stored(tmp_path):
+    key, line = create_key("alice", per_minute=60)
+    assert key not in line
+    path = tmp_path / "keys"
+    path.write_text(line)
+    assert read_keys(path) == [StoredKey("alice", hashlib.sha256(key.encode()).hexdigest(), 60)]
+    assert create_key("alice")[0] != key
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:b", "a#b", "x" * 65, "ä"])
+def test_a_name_that_cannot_stand_in_the_file_is_refused(name):
+    with pytest.raises(UserError):
+        create_key(name)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("alice", "expected name:sha256"),
+        (f"alice:{HASH}:1:2", "expected name:sha256"),
+        (f":{HASH}", "a name has"),
+        (f"first:{HASH}", "used by a line above"),
+        ("alice:nr-plaintextkey", "never store a key itself"),
+        (f"alice:{HASH.upper()}", "not a sha256"),
+        *((f"alice:{HASH}:{rate}", "requests per minute") for rate in ("", "0", "-1", "1.5", "x", "²")),
+    ],
+)
+def test_a_wrong_line_is_named_but_not_repeated(tmp_path, line, words):
+    path = tmp_path / "keys"
+    path.write_text(f"# keys\nfirst:{HASH}\n\n{line}\n")
+    with pytest.raises(UserError, match="line 4: ") as caught:
+        read_keys(path)
+    assert words in str(caught.value)
+    assert HASH not in str(caught.value)
+    assert "plaintext" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_empty_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_keys(tmp_path / "keys")
+    (tmp_path / "keys").write_text("# nobody\n")
+    with pytest.raises(UserError, match="has no key"):
+        read_keys(tmp_path / "keys")
+    (tmp_path / "keys").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_keys(tmp_path / "keys")
