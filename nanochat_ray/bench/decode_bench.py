@@ -1,10 +1,11 @@
-"""Reading a prompt and writing a reply, beside the limit that the machine's memory sets; the bare model and the engine.
+"""Reading prompts and writing replies with the engine, beside the memory's limit and the same network in plain torch.
 
 Every new token needs every weight once, whatever the number of rows: tokens/s ≤ rows · bandwidth / bytes of weights.
 Keys and values are left out of the limit; at these lengths they are a few percent.
 """
 
 import os
+import random
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.device import gemm_peak, memory_bandwidth, pick_device, pick_dtype
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.load import engine_of
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.plan import Plan
@@ -24,7 +26,7 @@ from nanochat_ray.stream.cursor import Cursor, StreamIdentity
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model, load_model
 
-BATCHES = (1, 4, 16)
+BATCHES = (1, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def decode_figures(
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = _as_served(plan, device, dtype)
-    engine = Engine(model, tokenizer)
+    engine, how = engine_of(model, tokenizer, dtype, max_running=max(BATCHES))
+    draw = random.Random(0)
     weight_bytes = plan.parameters.scaling * model.lm_head.weight.element_size()
     prompt = [tokenizer.bos, *(n % 200 for n in range(settings.prompt - 1))]
 
@@ -68,15 +71,17 @@ def decode_figures(
         note("bandwidth", memory_bandwidth(device))
         note("gemm", gemm_peak(device, dtype))
         for batch in BATCHES:
-            first_s, tokens_per_s = _bare(model, prompt, batch, settings.new_tokens)
+            first_s, tokens_per_s = _through_engine(engine, batch, len(prompt), settings.new_tokens, draw)
             note(f"decode_{batch}", tokens_per_s)
             note(f"first_{batch}", first_s)
-        first_s, tokens_per_s = _through_engine(engine, prompt, settings.new_tokens)
-        note("engine_first", first_s)
-        note("engine_decode", tokens_per_s)
+            first_s, tokens_per_s = _bare(model, prompt, batch, settings.new_tokens)
+            note(f"torch_{batch}", tokens_per_s)
+            note(f"torch_first_{batch}", first_s)
     middle = {name: median(values) for name, values in samples.items()}
     limit = middle["bandwidth"] / weight_bytes
     prefill = len(prompt) / middle["first_1"]
+    # A third of training's; and of a prompt's logits only the last are computed.
+    reading = plan.flops_per_token / 3 - 2 * plan.model.n_embd * plan.model.padded_vocab_size
     return {
         "depth": plan.depth,
         "width": plan.model.n_embd,
@@ -87,23 +92,23 @@ def decode_figures(
         "dtype": str(dtype),
         "stored_dtype": str(model.lm_head.weight.dtype),
         "threads": torch.get_num_threads(),
+        "model_step": how,
         "weight_bytes_per_token": weight_bytes,
         "bandwidth_bytes_per_s": round(middle["bandwidth"]),
         "gemm_peak_flops": round(middle["gemm"]),
         "prefill_tok_per_s": round(prefill, 1),
-        "prefill_of_peak": round(plan.flops_per_token / 3 * prefill / middle["gemm"], 4),
+        "prefill_of_peak": round(reading * prefill / middle["gemm"], 4),
         "decode": {
             str(batch): {
                 "tok_per_s": round(middle[f"decode_{batch}"], 1),
                 "limit_tok_per_s": round(limit * batch, 1),
                 "of_limit": round(middle[f"decode_{batch}"] / (limit * batch), 4),
+                "torch_tok_per_s": round(middle[f"torch_{batch}"], 1),
             }
             for batch in BATCHES
         },
         "first_token_s": round(middle["first_1"], 5),
-        "engine_tok_per_s": round(middle["engine_decode"], 1),
-        "engine_overhead": round(1 - middle["engine_decode"] / middle["decode_1"], 4),
-        "engine_first_token_s": round(middle["engine_first"], 5),
+        "torch_first_token_s": round(middle["torch_first_1"], 5),
     }
 
 
@@ -124,20 +129,15 @@ def decode_lines(figures: dict[str, Any]) -> list[Line]:
         ),
     ]
     for batch, decode in figures["decode"].items():
-        beside = f"{decode['of_limit']:.0%} of the memory's limit, {decode['limit_tok_per_s']:,.0f}"
+        times = decode["tok_per_s"] / decode["torch_tok_per_s"]
+        beside = (
+            f"{decode['of_limit']:.0%} of the memory's limit, {decode['limit_tok_per_s']:,.0f}; "
+            f"plain torch {decode['torch_tok_per_s']:,.0f} ({times:.1f} x)"
+        )
         lines.append(Line(f"write, batch {batch}", f"{decode['tok_per_s']:,.0f} tok/s", beside))
-    lines += [
-        Line(
-            "write through the engine, batch 1",
-            f"{figures['engine_tok_per_s']:,.0f} tok/s",
-            f"sampling, text and tools cost {figures['engine_overhead']:.1%} of the bare model's tokens/s",
-        ),
-        Line(
-            "first token, engine",
-            f"{figures['engine_first_token_s'] * 1e3:.0f} ms",
-            f"bare model, greedy {figures['first_token_s'] * 1e3:.0f} ms",
-        ),
-    ]
+    first, torch_first = figures["first_token_s"], figures["torch_first_token_s"]
+    lines.append(Line("first token", f"{first * 1e3:.0f} ms", f"plain torch {torch_first * 1e3:.0f} ms"))
+    lines.append(Line("the model's step", figures["model_step"], "sampled, with text; torch greedy and without"))
     return lines
 
 
@@ -163,13 +163,24 @@ def _bare(model: GPT, prompt: list[int], batch: int, new_tokens: int) -> tuple[f
     return first - began, batch * (new_tokens - 1) / (time.perf_counter() - first)
 
 
-def _through_engine(engine: Engine, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """As `_bare` for one row, sampled and with its text. An untrained model hardly ever ends its reply early."""
+def _through_engine(
+    engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, draw: random.Random
+) -> tuple[float, float]:
+    """As `_bare`, sampled and with text, for different prompts. Untrained models hardly ever end a reply early."""
+    ids = range(engine.tokenizer.special("bos"))  # the special tokens are the last
+    # Those that are read first write while the others are read, and must not be over before the last one begins.
+    most = new_tokens + batch + batch * prompt_tokens // engine.scheduler.step_tokens
     began = time.perf_counter()
-    generation = engine.start(prompt, SamplingParams(seed=1, max_tokens=new_tokens))
-    while len(generation.ids) == len(prompt):
-        generation.step()
-    first, ids_then = time.perf_counter(), len(generation.ids)
-    while not generation.finished:
-        generation.step()
-    return first - began, (len(generation.ids) - ids_then) / (time.perf_counter() - first)
+    replies = [
+        engine.add(draw.choices(ids, k=prompt_tokens), SamplingParams(seed=seed, max_tokens=most))
+        for seed in range(batch)
+    ]
+    while any(reply.new_tokens == 0 for reply in replies):
+        engine.step()
+    first, tokens = time.perf_counter(), sum(reply.new_tokens for reply in replies)
+    for _ in range(new_tokens - 1):
+        engine.step()
+    ended, written = time.perf_counter(), sum(reply.new_tokens for reply in replies) - tokens
+    for reply in replies:
+        engine.cancel(reply)
+    return first - began, written / (ended - first)
