@@ -4,6 +4,7 @@ The model runs on the engine's own thread, so that health checks and other calls
 """
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -22,6 +23,7 @@ from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.serve.backend import ReplyRequest, Update
 from nanochat_ray.serve.local import LocalBackend
 
+logger = logging.getLogger("ray.serve")
 INGRESS = "Ingress"  # the deployment that replicas report to
 REPORT_EVERY_S = 1.0
 NOTICE_CHECK_S = 1.0
@@ -67,9 +69,11 @@ class EngineReplica:
                 yield bundle
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
+        """Called by Serve, which replaces the replica when this raises, or when its process has ended."""
         if not self._backend.thread.healthy():
-            raise RuntimeError("the engine is stuck")
+            # Serve would ask twice more, and then wait for replies that never end; this way they go on elsewhere now.
+            logger.error("the engine is stuck; this replica ends")
+            os._exit(1)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for the autoscaling policy."""
