@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from nanochat_ray.model.ragged import StepModel
     from nanochat_ray.tokenizer import Tokenizer
 
-CHAT_STAGES = ("sft", "base")  # a base model continues text; it was not taught to answer
 GPU_STEP_TOKENS = 2048
 FREE_MEMORY_FOR_KV = 0.5  # of what is free once the weights are there
 
