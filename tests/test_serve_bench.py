@@ -18,7 +18,7 @@ from nanochat_ray.bench.bare_engine import BareSpeed, bare_speeds
 from nanochat_ray.bench.http_exchange import Address
 from nanochat_ray.bench.load import Mix
 from nanochat_ray.bench.serve_options import SCENARIOS, ServeSettings
-from nanochat_ray.bench.served import ChatServer, Usage, engine_processes, role_of
+from nanochat_ray.bench.served import ChatServer, Usage, role_of
 from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.errors import UsageError, UserError
 from tests.fake_openai import Behaviour, fake_openai, obedient
@@ -84,8 +84,6 @@ def test_cpu_is_counted_by_role_without_the_engine_s():
     after = Usage(1.0, {1: ("proxy", 1.5, 20, 6), 2: ("replica Engine", 9.0, 10, 5), 4: ("replica Api", 0.25, 9, 2)})
     assert after.cpu_since(before, without=[2]) == {"proxy": 0.5, "replica Api": 0.25}
     assert after.memory() == {"proxy": 20, "replica Engine": 10, "replica Api": 9}
-    assert engine_processes(after, [{"pid": 2}]) == {2}
-    assert engine_processes(after, [{}]) == {2, 4}
 
 
 def test_usage_is_that_of_a_process_and_its_descendants():

@@ -31,6 +31,7 @@ from nanochat_ray.train.checkpoint import Checkpoints, TrainState, build_model
 ROOT = Path(__file__).parents[2]
 READY_WITHIN_S, END_WITHIN_S = 180.0, 60.0
 STATS_WITHIN_S = 5.0
+REPORTS_EVERY_S = 1.0  # a replica's, at the soonest
 Stats = dict[str, Any]
 
 
@@ -70,9 +71,12 @@ class ChatServer:
             value = {}
         return value if isinstance(value, dict) else {}
 
-    def replicas(self) -> list[Stats]:
-        """What /stats says of each replica."""
-        return self.stats().get("replicas", [])
+    def replicas(self, within_s: float = 0.0) -> list[Stats]:
+        """What /stats says of each replica; asked again where it knows none, because a busy one reports late."""
+        deadline = time.monotonic() + within_s
+        while not (found := self.stats().get("replicas", [])) and time.monotonic() < deadline:
+            time.sleep(REPORTS_EVERY_S)
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """The server's first process and all that descend from it."""
@@ -141,12 +145,6 @@ def role_of(command: Sequence[str]) -> str:
         return command[command.index("-m") + 1]
     script = next((word for word in command[1:] if word.endswith(".py")), title)
     return Path(script).stem or "unknown"
-
-
-def engine_processes(usage: Usage, replicas: Iterable[Stats]) -> set[int]:
-    """Ids of the processes that run the model: as /stats says, or every replica's where it does not say."""
-    told = {replica["pid"] for replica in replicas if replica.get("pid")}
-    return told or {pid for pid, facts in usage.processes.items() if facts[0].startswith("replica ")}
 
 
 @contextmanager
