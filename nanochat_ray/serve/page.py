@@ -68,7 +68,8 @@ def _policy(html: str) -> str:
     return (
         f"default-src 'none'; script-src 'self'{_hashes(html, 'script')}; style-src 'self'{_hashes(html, 'style')}; "
         "connect-src 'self'; img-src 'self' data:; font-src 'self'; manifest-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types dompurify"
     )
 
 
