@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return _add_key(args)
     if args.host not in ("127.0.0.1", "localhost") and not args.api_keys:
         raise UsageError(f"--host {args.host} lets others in; say with --api-keys who may come (see --new-key)")
+    if args.max_running is not None and args.max_running < 1:
+        raise UsageError(f"--max-running is {args.max_running}; it must be 1 or more")
     low, high = cli.parse_range(args.replicas, "--replicas", least=0)
     from nanochat_ray.serve.app import Served, serve_until_interrupted
 
@@ -75,8 +77,9 @@ def _add_key(args: argparse.Namespace) -> dict[str, Any]:
     if not args.api_keys:
         raise UsageError("--new-key needs --api-keys FILE, the file to add it to")
     key, line = create_key(args.new_key, args.rate)
-    with Path(args.api_keys).open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    file = os.open(args.api_keys, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode=0o600)
+    with os.fdopen(file, "a", encoding="utf-8") as keys:
+        keys.write(f"{line}\n")
     print(f"the key of {args.new_key}, shown this once: {key}")
     return {"key": key}
 

@@ -49,3 +49,37 @@ def chat_server():
 
     with scripted_server() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium. Not for the whole session: while Playwright runs, nothing else may run an event loop."""
+    from tests.page_browser import running_browser
+
+    with running_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def fake_chat_api():
+    """The server of the page's tests, which does as it is told."""
+    from tests.fake_chat_api import running_fake
+
+    with running_fake() as api:
+        yield api
+
+
+@pytest.fixture
+def api(fake_chat_api):
+    """The same, as if new for each test."""
+    yield fake_chat_api
+    fake_chat_api.reset()
+
+
+@pytest.fixture
+def page(browser, api):
+    """A fresh visitor's page."""
+    from tests.page_browser import visitor
+
+    with visitor(browser, api.url) as page:
+        yield page

@@ -5,15 +5,9 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.fakes import HOSTILE
-from tests.page_browser import ask, running_browser, send, visitor
+from tests.page_browser import ask, send, visitor
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.fake_chat_api import running_fake
 from tests.fake_chat_scripts import error, gate, say, tokens
 from tests.page_browser import (
     PHONE,
@@ -15,7 +14,6 @@ from tests.page_browser import (
     notice,
     questions,
     replies,
-    running_browser,
     send,
     titles,
     visitor,
@@ -24,30 +22,6 @@ from tests.page_browser import (
 pytestmark = pytest.mark.browser
 
 AXE = Path(__file__).with_name("vendor") / "axe.min.js"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_fake() as api:
-        yield api
-
-
-@pytest.fixture
-def api(server):
-    yield server
-    server.reset()
-
-
-@pytest.fixture
-def page(browser, api):
-    with visitor(browser, api.url) as page:
-        yield page
 
 
 def faults(page: Page) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.fake_chat_api import running_fake
 from tests.fake_chat_scripts import MARKDOWN, call, finish, say
 from tests.page_browser import (
     another_tab,
@@ -17,7 +16,6 @@ from tests.page_browser import (
     more,
     questions,
     replies,
-    running_browser,
     send,
     stored,
     titles,
@@ -25,24 +23,6 @@ from tests.page_browser import (
 )
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_fake() as api:
-        yield api
-
-
-@pytest.fixture
-def api(server):
-    yield server
-    server.reset()
 
 
 @pytest.fixture

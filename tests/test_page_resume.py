@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.fake_chat_api import FakeChatApi, running_fake
+from tests.fake_chat_api import FakeChatApi
 from tests.fake_chat_scripts import call, drop, error, gate, raw, refuse, say, state, tokens, wait
 from tests.page_browser import (
     another_tab,
@@ -13,7 +13,6 @@ from tests.page_browser import (
     more,
     notice,
     replies,
-    running_browser,
     send,
     stored,
     titles,
@@ -21,30 +20,6 @@ from tests.page_browser import (
 )
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_fake() as api:
-        yield api
-
-
-@pytest.fixture
-def api(server):
-    yield server
-    server.reset()
-
-
-@pytest.fixture
-def page(browser, api):
-    with visitor(browser, api.url) as page:
-        yield page
 
 
 def alert(page: Page):

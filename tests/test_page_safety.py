@@ -3,9 +3,9 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.fake_chat_api import CSP, running_fake
+from tests.fake_chat_api import CSP
 from tests.fake_chat_scripts import MARKDOWN, say, tokens
-from tests.page_browser import ask, questions, replies, running_browser, visitor
+from tests.page_browser import ask, questions, replies
 
 pytestmark = pytest.mark.browser
 
@@ -54,24 +54,6 @@ ALLOWED = {
     "A", "B", "BLOCKQUOTE", "BR", "BUTTON", "CODE", "DEL", "DIV", "EM", "H3", "H4", "H5", "H6", "HR", "LI", "OL",
     "P", "PRE", "SPAN", "STRONG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL", "path", "svg",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def api():
-    with running_fake() as api:
-        yield api
-
-
-@pytest.fixture
-def page(browser, api):
-    with visitor(browser, api.url) as page:
-        yield page
 
 
 def inspect(page) -> dict:

@@ -69,7 +69,8 @@ float inverse_rms(const float* x, int count) {
 
 // 15·tanh(z/15)
 Lanes softcap(Lanes z) {
-    const Lanes e = simd::exp(z * simd::broadcast(2.0f / SOFTCAP));
+    const Lanes most = simd::broadcast(40.0f), x = z * simd::broadcast(2.0f / SOFTCAP);
+    const Lanes e = simd::exp(simd::select(simd::less(most, x), most, x));  // tanh is 1 long before exp overflows
     return simd::broadcast(SOFTCAP) - simd::broadcast(2.0f * SOFTCAP) / (e + simd::broadcast(1.0f));
 }
 

@@ -92,6 +92,8 @@ class ClusterBackend:
         told = None
         while not (await asyncio.wait({following}, timeout=NEWS_EVERY_S))[0]:
             if not await self._status.running():
+                if self._status.trouble:
+                    raise GenerationFailed(await self._status.in_words())
                 news = Waiting("starting")
             else:
                 news = Waiting("queued", ahead=list(self._not_begun).index(place))
@@ -117,7 +119,7 @@ class _Status:
         self._deployment = deployment
         self._asked_at = -STATUS_HOLDS_S
         self._states: dict[ReplicaState, int] = {}
-        self._trouble = ""
+        self.trouble = ""
         self._asking = asyncio.Lock()
 
     async def running(self) -> int:
@@ -130,8 +132,8 @@ class _Status:
         await self._refresh()
         if self._states.get(ReplicaState.RUNNING):
             return "the replicas do not answer"
-        if self._trouble:
-            return f"no replica can be started: {self._trouble}"
+        if self.trouble:
+            return f"no replica can be started: {self.trouble}"
         return "starting a replica" if self._states else "no replica runs; the next message starts one"
 
     async def _refresh(self) -> None:
@@ -144,4 +146,4 @@ class _Status:
             deployment = status.applications[application].deployments[self._deployment]
             self._states = deployment.replica_states
             failing = deployment.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED)
-            self._trouble = deployment.message.strip().splitlines()[-1] if failing and deployment.message else ""
+            self.trouble = deployment.message.strip().splitlines()[-1] if failing and deployment.message else ""

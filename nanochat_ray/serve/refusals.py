@@ -59,6 +59,8 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(409, message, code="idempotency_conflict")
         case Diverged():
             return Refusal(409, "the reply cannot be continued: the model has changed", code="model_changed")
+        case GenerationFailed():
+            return Refusal(500, str(error), "server_error")
         case Closed():
             return Refusal(CLIENT_GONE, "the client has gone")
         case _:

@@ -119,30 +119,16 @@ class SamplingRequest(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, seed: int | None = None) -> SamplingParams:
-        """The sampling parameters.
-
-        Args:
-            seed: for a request that names none; without it such a request gets a random one.
-
-        Raises:
-            UserError: a value is out of range.
-        """
+    def _sampling(self, seed: int | None, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
         wished: dict[str, Any] = {name: getattr(self, name) for name in (*names, "frequency_penalty")}
-        wished["max_tokens"] = self._max_tokens()
+        wished["max_tokens"] = max_tokens or DEFAULT_MAX_TOKENS
         wished["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop)
-        wished["logprobs"] = self._logprobs()
+        wished["logprobs"] = logprobs
         given = {name: value for name, value in wished.items() if value is not None}
         if self.seed is not None:
             seed = self.seed
         return SamplingParams(**given, seed=secrets.randbits(63) if seed is None else seed)
-
-    def _max_tokens(self) -> int:
-        raise NotImplementedError
-
-    def _logprobs(self) -> int | None:
-        raise NotImplementedError
 
 
 def _with_ignored_fields(neutral: dict[str, tuple[Any, ...]]) -> ConfigDict:
@@ -203,11 +189,17 @@ class ChatRequest(SamplingRequest):
         messages = [message.model_dump() for message in self.messages]
         return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
-    def _max_tokens(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
+    def sampling(self, seed: int | None = None) -> SamplingParams:
+        """The sampling parameters.
 
-    def _logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        Args:
+            seed: for a request that names none; without it such a request gets a random one.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(seed, self.max_completion_tokens or self.max_tokens, logprobs)
 
 
 class CompletionRequest(SamplingRequest):
@@ -235,11 +227,9 @@ class CompletionRequest(SamplingRequest):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
-    def _max_tokens(self) -> int:
-        return self.max_tokens or DEFAULT_MAX_TOKENS
-
-    def _logprobs(self) -> int | None:
-        return self.logprobs
+    def sampling(self, seed: int | None = None) -> SamplingParams:
+        """As `ChatRequest.sampling`."""
+        return self._sampling(seed, self.max_tokens, self.logprobs)
 
 
 class ErrorDetail(BaseModel):
