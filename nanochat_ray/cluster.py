@@ -52,12 +52,16 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where we are connected: what is there, or what an autoscaler may bring where that is more."""
+    """Where we are connected: what is there, or what an autoscaler may bring where that is more.
+
+    own   started by this process, and ends with it
+    """
 
     address: str
     cpus: float
     gpus: float
     nodes: int
+    own: bool = False
 
     def describe(self) -> str:
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
@@ -78,7 +82,7 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
         UserError: no cluster answers at the address, or the machine is too small for so many workers.
     """
     if ray.is_initialized():  # a job that runs several stages connects once
-        yield _describe()
+        yield _describe(own=False)
         return
     submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
     prepare_environment()
@@ -89,7 +93,7 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
         _join(address, preload)
     try:
         with _signals_interrupt():
-            yield _describe()
+            yield _describe(own=address is None and not submitted)
     finally:
         with ending_all(_processes_below_raylet()):
             ray.shutdown()
@@ -196,13 +200,14 @@ def _join(address: str | None, preload: Callable[[], None] | None) -> None:
         raise UserError(f"no Ray cluster answers at {where} ({str(error).splitlines()[0]}); check --address") from error
 
 
-def _describe() -> Cluster:
+def _describe(own: bool) -> Cluster:
     resources, may_bring = ray.cluster_resources(), _largest_with_autoscaler()
     return Cluster(
         address=ray.get_runtime_context().gcs_address,
         cpus=max(resources.get("CPU", 0.0), may_bring.get("CPU", 0)),
         gpus=max(resources.get("GPU", 0.0), may_bring.get("GPU", 0)),
         nodes=len([node for node in ray.nodes() if node["Alive"]]),
+        own=own,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.load import ChatModel
+from nanochat_ray.errors import UserError
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch, WindowGroup
 from nanochat_ray.model.torch_step import TorchStep
@@ -143,6 +144,21 @@ def load_that_hangs() -> ChatModel:
 
     worker.STUCK_AFTER_S = 2.0
     return load_scripted()
+
+
+def load_that_fails() -> ChatModel:
+    raise UserError("checkpoint step_000003 cannot be used (model.safetensors is not what was written)")
+
+
+def load_changed() -> ChatModel:
+    """The model that takes the place of `load_scripted`'s."""
+    scripts = {"": script("Hello from the new model.")}
+    engine = Engine(ScriptedModel(scripts), ByteTokenizer())
+    return ChatModel(engine, "scripted", {"depth": 1}, fingerprint="changed")
+
+
+def describe_changed() -> ServedModel:
+    return ServedModel("scripted", ByteTokenizer(), 4096, "changed", {"depth": 1})
 
 
 def load_scripted() -> ChatModel:

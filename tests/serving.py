@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MAX_RUNNING, MAX_QUEUED = 3, 4
+SWAP = signal.SIGUSR1  # the scripted server replaces its model
 
 
 def free_port() -> int:
@@ -68,14 +69,20 @@ def scripted_server(load: str = "load_scripted", **served: Any) -> Iterator[Serv
 
 def main(port: int, load: str, chosen: dict[str, Any]) -> None:
     import ray
+    from ray import serve
 
-    from nanochat_ray.serve.app import HOST, Served, app_of, serve_app_until_interrupted
+    from nanochat_ray.serve.app import APP_NAME, HOST, Served, app_of, serve_app_until_interrupted
     from tests import fakes
 
+    served = Served(**chosen)
+
     def on_ready(url: str) -> None:
+        signal.signal(SWAP, lambda *_: swap())
         print(url, ray._private.worker._global_node.get_logs_dir_path())
 
-    served = Served(**chosen)
+    def swap() -> None:
+        changed = app_of(fakes.load_changed, fakes.describe_changed, served)
+        serve.run(changed, name=APP_NAME, route_prefix="/")
 
     def build() -> Any:
         return app_of(getattr(fakes, load), fakes.describe_scripted, served)

@@ -133,7 +133,7 @@ def engine_of(
 ) -> tuple[Engine, str]:
     """An engine around a network, whose weights may be changed for it, and how it computes, in words."""
     step_model, how = step_model_of(model, dtype, threads)
-    step_tokens = STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS
+    step_tokens = max(max_running, STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
     kv_bytes = int(FREE_MEMORY_FOR_KV * _free_memory(model.device))
     return Engine(step_model, tokenizer, max_running, step_tokens, kv_bytes), how
 

@@ -35,13 +35,13 @@ from nanochat_ray.serve.api import api_of
 from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.serve.cluster_backend import ClusterBackend
 from nanochat_ray.serve.keys import ApiKeys, read_keys
-from nanochat_ray.serve.replica import EngineReplica
+from nanochat_ray.serve.replica import GRACEFUL_SHUTDOWN_S, EngineReplica
 from nanochat_ray.storage import run_folder
 from nanochat_ray.train.checkpoint import Checkpoints
 
 APP_NAME = "chat"
 HOST = "127.0.0.1"
-MAX_RUNNING = 16  # replies that a replica writes at the same time; on two cores more of them are not more tokens/s
+MAX_RUNNING = 32  # replies that a replica writes at the same time
 MAX_WAITING = 8  # replies that wait at a replica, so that its batch is full again at once when one ends
 MAX_QUEUED = 64  # replies that wait for a replica; whoever comes then is refused
 MAX_OPEN = 2048  # requests at the ingress, most of them waiting for tokens
@@ -52,6 +52,11 @@ _SERVE_ENVIRONMENT = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Each of a stream's chunks would cross two threads more in every process. Nothing here blocks an event loop: the
+    # model has a thread of its own.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
 
 
@@ -81,7 +86,7 @@ class Served(BaseModel):
         return self
 
 
-@serve.deployment(max_ongoing_requests=MAX_OPEN, graceful_shutdown_timeout_s=5.0)
+@serve.deployment(max_ongoing_requests=MAX_OPEN, graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S)
 @serve.ingress()
 class Ingress:
     """What HTTP requests meet: everything but the model.
@@ -156,8 +161,8 @@ def _autoscaling(served: Served) -> AutoscalingConfig:
         max_replicas=served.max_replicas,
         target_ongoing_requests=0.75 * served.max_running,  # so that there is room while another one starts
         look_back_period_s=3 * METRICS_EVERY_S,
-        metrics_interval_s=METRICS_EVERY_S,
-        upscale_delay_s=2.0,
+        metrics_interval_s=METRICS_EVERY_S,  # what counts are the variables above; Serve wants it shorter than the former
+        upscale_delay_s=1.0,
         downscale_delay_s=60.0,
         policy=AutoscalingPolicy(policy_function="nanochat_ray.serve.autoscaling:policy"),
     )
@@ -191,7 +196,7 @@ def serve_app_until_interrupted(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name, value in _SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with connect(address, workers=replicas):
+    with connect(address, workers=replicas) as cluster:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
@@ -208,7 +213,8 @@ def serve_app_until_interrupted(
         finally:
             for number in STOP_SIGNALS:  # a second Ctrl-C must not leave processes behind
                 signal.signal(number, signal.SIG_IGN)
-            serve.shutdown()
+            if not cluster.own:  # else everything ends with the cluster, and nobody waits for replies that go on
+                serve.shutdown()
 
 
 def _why_not_started() -> str:

@@ -1,7 +1,7 @@
 """A `Backend` around an engine in this process: its thread on one side, the event loop's requests on the other. No Ray.
 
-What has arrived for a reply is handed over in bundles. While many replies are written, each bundle is held back for a
-moment, so that what a bundle costs on its way to the client is paid for several tokens at once; the first one never is.
+What has arrived for a reply is handed over in bundles. Each is held back for a moment, longer when many replies are
+written, so that what a bundle costs on its way to the client is paid for several tokens at once; the first never is.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
 
 QUEUE_NEWS_S = 0.5  # how often one who waits hears how many are before it
-HOLD_BACK_S = 0.005  # for each reply that is being written
-LONGEST_HOLD_BACK_S = 0.1  # ten times a second still reads as if it were written steadily
+HOLD_BACK_S, MORE_FOR_EACH_S = 0.03, 0.006  # with one reply, and for each other that is being written
+LONGEST_HOLD_BACK_S = 0.12  # eight times a second still reads as if it were written steadily
 
 
 class LocalBackend:
@@ -61,7 +61,7 @@ class LocalBackend:
                 if pieces:
                     yield list(pieces)
                 if not (finished or self._leaving):
-                    await asyncio.sleep(min(LONGEST_HOLD_BACK_S, HOLD_BACK_S * (self.thread.active - 1)))
+                    await asyncio.sleep(self._hold_back_s())
         finally:  # also when nobody listens any more
             self._inboxes.pop(ticket, None)
             self.thread.cancel(ticket)
@@ -102,6 +102,9 @@ class LocalBackend:
                 yield Waiting("queued", ahead)
             with suppress(TimeoutError):
                 await asyncio.wait_for(inbox.filled(), QUEUE_NEWS_S)
+
+    def _hold_back_s(self) -> float:
+        return min(LONGEST_HOLD_BACK_S, HOLD_BACK_S + MORE_FOR_EACH_S * (self.thread.active - 1))
 
     def _deliver(self, outcomes: Sequence[tuple[Ticket, Outcome]]) -> None:
         """Called on the engine's thread, once per step."""

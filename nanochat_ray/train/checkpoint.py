@@ -359,6 +359,7 @@ def load_model(
             "put the old one back, or train again with --fresh"
         )
     plan = state.plan
-    model = build_model(plan)
-    model.load_state_dict(loaded.model)
+    with torch.device("meta"):  # to draw initial weights would take longer than to read the trained ones
+        model = GPT(GPTConfig.from_shape(plan.model))
+    model.load_state_dict(loaded.model, assign=True)
     return model.to(device).freeze(dtype), plan, state.cursor.step
