@@ -161,7 +161,7 @@ def _autoscaling(served: Served) -> AutoscalingConfig:
         max_replicas=served.max_replicas,
         target_ongoing_requests=0.75 * served.max_running,  # so that there is room while another one starts
         look_back_period_s=3 * METRICS_EVERY_S,
-        metrics_interval_s=METRICS_EVERY_S,  # what counts are the variables above; Serve wants it shorter than the former
+        metrics_interval_s=METRICS_EVERY_S,  # what counts are the variables above; this one must be shorter, too
         upscale_delay_s=1.0,
         downscale_delay_s=60.0,
         policy=AutoscalingPolicy(policy_function="nanochat_ray.serve.autoscaling:policy"),
