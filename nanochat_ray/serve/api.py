@@ -62,7 +62,7 @@ def api_of(
     keys: ApiKeys | None = None,
     allowed_hosts: Collection[str] = (),
     page: Path = PAGE_FOLDER,
-    times: Times = Times(),  # noqa: B008 (frozen)
+    times: Times = Times(),
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The application. Holds what its requests share, so it is made where it runs.

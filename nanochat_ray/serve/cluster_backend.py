@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import DeploymentStatus, ReplicaState
+from ray.serve.schema import DeploymentStatusTrigger, ReplicaState
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
@@ -145,5 +145,6 @@ class _Status:
             self._asked_at = time.monotonic()
             deployment = status.applications[application].deployments[self._deployment]
             self._states = deployment.replica_states
-            failing = deployment.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED)
+            # Not so a lost replica: the deployment is UNHEALTHY until another one runs, which is what starts next.
+            failing = deployment.status_trigger == DeploymentStatusTrigger.REPLICA_STARTUP_FAILED
             self.trouble = deployment.message.strip().splitlines()[-1] if failing and deployment.message else ""
