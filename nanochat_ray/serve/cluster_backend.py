@@ -54,7 +54,8 @@ class ClusterBackend:
 
     async def _bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
         """A reply from some replica, as `failover.continued` wants it."""
-        handle = self._replicas.options(stream=True, session_id=request.session)
+        # Not by reference: a chunk sent by gRPC costs 0.6 of the CPU time of one that is an object of Ray's.
+        handle = self._replicas.options(stream=True, session_id=request.session, _by_reference=False)
         # In a context of its own: else all calls of one HTTP request have that request's id, by which Serve's router
         # (2.60) remembers them, and of several at the same time (`n` choices) some are never sent.
         sent = contextvars.Context().run(handle.generate.remote, request)

@@ -1,7 +1,7 @@
 """A `Backend` around an engine in this process: its thread on one side, the event loop's requests on the other. No Ray.
 
 What has arrived for a reply is handed over in bundles. Each is held back for a moment, longer when many replies are
-written, so that what a bundle costs on its way to the client is paid for several tokens at once; the first never is.
+written, so that what a bundle costs on its way to the client is paid for several tokens at once; the first and the last never are.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class LocalBackend:
                 if pieces:
                     yield list(pieces)
                 if not (finished or self._leaving):
-                    await asyncio.sleep(self._hold_back_s())
+                    await inbox.complete(self._hold_back_s())
         finally:  # also when nobody listens any more
             self._inboxes.pop(ticket, None)
             self.thread.cancel(ticket)
@@ -123,17 +123,28 @@ class _Inbox:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
         self._something = asyncio.Event()
+        self._everything = asyncio.Event()
 
     def put(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self._something.set()
+        if isinstance(outcome, Exception) or (outcome and outcome[-1].finish):
+            self._everything.set()
 
     def wake(self) -> None:
         """Let whoever waits look, though nothing came."""
         self._something.set()
+        self._everything.set()
 
     async def filled(self) -> None:
+        """Until something is there."""
         await self._something.wait()
+
+    async def complete(self, timeout_s: float) -> None:
+        """Until nothing more will come, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._everything.wait()
 
     def take(self) -> list[Piece]:
         """The pieces that are there. Those before a failure come first, the failure with the next call.
