@@ -1,5 +1,7 @@
 """The engine's thread: whoever submits from wherever gets every piece once, and nothing is left behind."""
 
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,6 +14,7 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.engine.worker import EngineThread, Full
 from nanochat_ray.errors import UserError
+from nanochat_ray.precedence import give_way
 from tests.exact_model import TOKENIZER, ExactModel, slow_reply
 from tests.fakes import CRASH, ScriptedModel, script
 
@@ -43,6 +46,18 @@ class GatedModel(ScriptedModel):
         self.waits.set()
         self.allowed.acquire()
         self.waits.clear()
+        return super().forward(batch)
+
+
+class PolicyModel(ScriptedModel):
+    """Notes how the threads that make its steps are scheduled."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.policies = set()
+
+    def forward(self, batch):
+        self.policies.add(os.sched_getscheduler(0))
         return super().forward(batch)
 
 
@@ -308,3 +323,21 @@ def test_the_numbers_it_reports_add_up(start):
     assert stats["kv_blocks"] == 2 * -(-4096 // 16)
     assert 0 < stats["busy_s"] < 10
     assert stats["steps"] >= 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets threads give way")
+def test_the_model_is_not_interrupted_by_a_process_around_it_that_gives_way(start):
+    around, model = [], PolicyModel({"": script("abc")})
+
+    def serve():  # a thread of its own, so that the tests that follow do not give way, too
+        give_way()
+        around.append(os.sched_getscheduler(0))
+        thread, inbox = start(model)
+        ticket = thread.submit(prompt("q"), GREEDY)
+        until(lambda: inbox.over(ticket))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    server.join()
+    assert around == [os.SCHED_BATCH]
+    assert model.policies == {os.SCHED_OTHER}

@@ -15,6 +15,7 @@ from typing import Any
 
 from nanochat_ray.engine.engine import Engine, Outcome, RunningReply
 from nanochat_ray.engine.sampler import SamplingParams
+from nanochat_ray.precedence import take_precedence
 
 STUCK_AFTER_S = 120.0  # one step never takes this long, not even a prefill chunk of a large model on a CPU
 
@@ -134,6 +135,7 @@ class EngineThread:
         }
 
     def _run(self) -> None:
+        take_precedence()
         try:
             while self._take_in():
                 began = self._step_began = time.monotonic()

@@ -31,6 +31,7 @@ from nanochat_ray.cli import warn
 from nanochat_ray.cluster import STOP_SIGNALS, connect
 from nanochat_ray.engine.load import ChatModel, describe_chat_model, load_chat_model, require_trained
 from nanochat_ray.errors import UserError
+from nanochat_ray.precedence import give_way
 from nanochat_ray.serve.api import api_of
 from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.serve.cluster_backend import ClusterBackend
@@ -197,6 +198,7 @@ def serve_app_until_interrupted(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name, value in _SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    give_way()  # inherited by Ray's processes, where this starts them
     with connect(address, workers=replicas) as cluster:
         serve.start(
             proxy_location="HeadOnly",

@@ -20,6 +20,7 @@ from ray.serve.schema import ReplicaState
 
 from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.engine.sampler import SamplingParams
+from nanochat_ray.precedence import take_precedence
 from nanochat_ray.serve.backend import ReplyRequest, Update
 from nanochat_ray.serve.local import LocalBackend
 
@@ -45,7 +46,7 @@ class EngineReplica:
         self, load: Callable[[], ChatModel], max_waiting: int, threads: int | None
     ) -> None:
         torch.set_num_threads(threads or os.cpu_count() or 1)
-        chat = await asyncio.to_thread(load)
+        chat = await asyncio.to_thread(_loaded, load)
         began = time.monotonic()
         await asyncio.to_thread(_warm_up, chat)
         chat.startup["warm_up_s"] = round(time.monotonic() - began, 3)
@@ -109,6 +110,11 @@ class EngineReplica:
             if left_s < HAND_OVER_BEFORE_S or await asyncio.to_thread(_others_run):
                 self._backend.hand_over()
                 return
+
+
+def _loaded(load: Callable[[], ChatModel]) -> ChatModel:
+    take_precedence()  # for the threads of the model's step, which this one starts
+    return load()
 
 
 def _others_run() -> bool:
