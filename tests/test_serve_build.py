@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_ray.engine.load import load_chat_model
 from nanochat_ray.errors import UserError
 from nanochat_ray.plan import make_plan
 from nanochat_ray.serve.app import Served, build
@@ -54,6 +55,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_before_anything_star
     damage(checkpoints, 7)
     with pytest.raises(UserError, match="step_000007 is damaged"):
         build(Served(storage=str(tmp_path), run="demo"))
+
+
+def test_without_a_compiler_the_user_is_told_that_the_model_is_slow(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    build(Served(storage=str(tmp_path), run="demo"))
+    load_chat_model(str(tmp_path), "demo", device="cpu")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.count("a third of the speed: no C++ compiler: $CXX is /nowhere/c++") for line in told] == [1, 1]
 
 
 def test_a_file_of_keys_that_cannot_be_read_is_refused_too(checkpoints, tmp_path):

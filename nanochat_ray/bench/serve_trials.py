@@ -30,7 +30,7 @@ from nanochat_ray.errors import UserError
 Figures = dict[str, Any]
 LOOK_EVERY_S, LOOK_CLOSELY_EVERY_S = 0.25, 0.005
 SCALE_GOAL_S, SCALE_WITHIN_S, SHRINK_WITHIN_S = 15.0, 120.0, 300.0
-USERS_PER_REPLICA = 16
+USERS_PER_REPLICA = 32  # as many replies as one writes at the same time; the autoscaler wants fewer on each
 KILL_AT = 0.35  # of the bytes of all replies
 LONG_REPLY_TOKENS = 256  # so that there is a middle to kill in, even with a tiny model
 BACK_WITHIN_S = 120.0

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nanochat_ray.cli import warn
 from nanochat_ray.engine.engine import MAX_RUNNING, STEP_TOKENS, Engine
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
@@ -151,6 +152,7 @@ def step_model_of(model: "GPT", dtype: "torch.dtype", threads: int | None = None
 
     reason = cpu_step.why_not(model.config, dtype)
     if reason is not None:
+        warn(f"replies come at a third of the speed: {reason}")
         return TorchStep(model), f"torch: {reason}"
     threads = threads or torch.get_num_threads()
     return cpu_step.CpuStep(model, dtype, threads), f"fused CPU step, {threads} threads"

@@ -27,6 +27,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from kernels.cpu_step_build import find_compiler
 from nanochat_ray.cli import warn
 from nanochat_ray.cluster import STOP_SIGNALS, connect
 from nanochat_ray.engine.load import ChatModel, describe_chat_model, load_chat_model, require_trained
@@ -126,6 +127,8 @@ def build(args: Served) -> serve.Application:
     if args.step is None:
         step = Checkpoints.of(run_folder(args.storage, args.run) / args.stage).newest_valid(warn)
         args = args.model_copy(update={"step": step})
+    if not _gpus_each():
+        _warn_without_compiler()
     place = (args.storage, args.run, args.stage, args.device, args.dtype)
     chosen: dict[str, Any] = {"step": args.step, "max_running": args.max_running, "threads": args.threads}
     load = functools.partial(load_chat_model, *place, **chosen)
@@ -142,9 +145,8 @@ def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], s
 
     A replica takes a GPU where the cluster that this process is connected to has one.
     """
-    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     replicas = cast(serve.Deployment, EngineReplica).options(
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": _gpus_each()},
         max_ongoing_requests=served.max_running + MAX_WAITING,
         max_queued_requests=served.max_queued,
         health_check_period_s=5,
@@ -155,6 +157,18 @@ def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], s
     on_head = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
     ingress = cast(serve.Deployment, Ingress).options(ray_actor_options=on_head)
     return ingress.bind(replicas.bind(load, MAX_WAITING, served.threads), describe, served)
+
+
+def _gpus_each() -> int:
+    return 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+
+
+def _warn_without_compiler() -> None:
+    """What a replica says of this is in its log; whoever starts the server should hear it."""
+    try:
+        find_compiler()
+    except UserError as error:
+        warn(f"replies will come at a third of the speed: {error}")
 
 
 def _autoscaling(served: Served) -> AutoscalingConfig:

@@ -1,7 +1,7 @@
 """A `Backend` around an engine in this process: its thread on one side, the event loop's requests on the other. No Ray.
 
-What has arrived for a reply is handed over in bundles. All but the first and the last are held back for a moment, longer
-when many replies are written, so that what a bundle costs on its way to the client is paid for several tokens at once.
+What has arrived for a reply is handed over in bundles. All but the first and the last are held back for a moment, which
+is longer when many replies are written: what a bundle costs on its way to the client is paid for several tokens.
 """
 
 import asyncio
