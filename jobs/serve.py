@@ -72,14 +72,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_key(args: argparse.Namespace) -> dict[str, Any]:
-    from nanochat_ray.serve.keys import create_key
+    from nanochat_ray.serve.keys import add_key
 
     if not args.api_keys:
         raise UsageError("--new-key needs --api-keys FILE, the file to add it to")
-    key, line = create_key(args.new_key, args.rate)
-    file = os.open(args.api_keys, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode=0o600)
-    with os.fdopen(file, "a", encoding="utf-8") as keys:
-        keys.write(f"{line}\n")
+    key = add_key(Path(args.api_keys), args.new_key, args.rate)
     print(f"the key of {args.new_key}, shown this once: {key}")
     return {"key": key}
 

@@ -105,7 +105,7 @@ class FakeBackend:
         piece = Piece()
         while piece.finish is None:
             if self.fail_at is not None and len(said) >= self.fail_at:
-                raise GenerationFailed
+                raise GenerationFailed("the model failed while it wrote this reply")
             if len(said) % self.together == 0:
                 await self.pause()
             token, forced = script_ids[len(said)], bool(reply.forced)

@@ -273,7 +273,9 @@ def refused(headers: dict[str, str], body: dict[str, Any] | None = None, before:
     async def run():
         client = Client(api_of(backend or FakeBackend()))
         first = await receive(client, {"messages": user("x")})
-        headers_now = {name: value.replace("LAST", first.ids[3]) for name, value in headers.items()}
+        last = first.ids[3]
+        head = last.rpartition("-")[0]
+        headers_now = {name: value.replace("LAST", last).replace("HEAD", head) for name, value in headers.items()}
         if before:
             before(first)
         return await client.ask(CHAT, {"messages": user("x"), "stream": True, **(body or {})}, headers=headers_now)
@@ -289,7 +291,8 @@ def refused(headers: dict[str, str], body: dict[str, Any] | None = None, before:
         (KEY, {"n": 2}, 409, "idempotency_conflict"),
         ({**KEY, "last-event-id": "LAST"}, {"messages": user("y")}, 409, "idempotency_conflict"),
         ({"idempotency-key": "b", "last-event-id": "LAST"}, {}, 409, "idempotency_conflict"),
-        ({**KEY, "last-event-id": "LAST.3"}, {}, 400, None),
+        ({**KEY, "last-event-id": "LAST.3:00000000"}, {}, 400, None),
+        ({**KEY, "last-event-id": "HEAD-9999999:00000000"}, {}, 400, None),
         ({**KEY, "last-event-id": "x"}, {}, 400, None),
         ({**KEY, "last-event-id": "LAST999"}, {}, 400, None),
         ({"last-event-id": "LAST"}, {}, 400, None),
@@ -316,12 +319,14 @@ def test_a_reply_of_a_model_that_was_replaced_cannot_be_continued_but_asked_for_
     assert refused(KEY, before=replace_model, backend=backend).status == 200
 
 
-def test_a_beginning_that_comes_out_otherwise_is_an_error_not_a_mixture():
+@pytest.mark.parametrize("says", [b"short", b"quite another reply, which is much longer than what was received of it"])
+def test_a_beginning_that_comes_out_otherwise_is_an_error_not_a_mixture(says):
     async def run() -> Received:
         first = await receive(Client(api_of(FakeBackend())), {"messages": user("slow")}, upto=30)
-        shorter = FakeBackend(says=lambda _: list(b"short"))
-        return await receive(Client(api_of(shorter)), {"messages": user("slow")}, first.ids[-1])
+        other = FakeBackend(says=lambda _: list(says))
+        return await receive(Client(api_of(other)), {"messages": user("slow")}, first.ids[-1])
 
     received = asyncio.run(run())
     assert received.error["code"] == "model_changed"
+    assert not received.ids
     assert not received.done

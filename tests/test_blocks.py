@@ -297,12 +297,13 @@ def test_a_beginning_whose_window_is_lost_in_one_group_is_no_use_in_the_others()
 def test_others_learn_what_is_coming_until_it_is_there_or_its_reader_leaves():
     kv, keys = KVBlocks([200], [12]), block_keys([1] * 64)
     reader = kv.start(keys, 0)
-    assert kv.is_coming(keys, 0)
+    assert kv.is_coming(keys, 0, 64)
+    assert [kv.is_coming(keys, 3, positions) for positions in (64, 65)] == [False, True]
     assert kv.grow(reader, 40)
     kv.computed(reader, [1] * 64, 40)
-    assert (kv.reusable(keys, 64), kv.is_coming(keys, 2)) == (2, True)
+    assert (kv.reusable(keys, 64), kv.is_coming(keys, 2, 64)) == (2, True)
     kv.release(reader)
-    assert (kv.reusable(keys, 64), kv.is_coming(keys, 2)) == (2, False)
+    assert (kv.reusable(keys, 64), kv.is_coming(keys, 2, 64)) == (2, False)
 
 
 def test_two_that_compute_the_same_do_not_overwrite_each_other():

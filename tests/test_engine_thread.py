@@ -12,7 +12,7 @@ import pytest
 from nanochat_ray.engine import worker
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.sampler import SamplingParams
-from nanochat_ray.engine.worker import EngineThread, Full
+from nanochat_ray.engine.worker import Ended, EngineThread, Full
 from nanochat_ray.errors import UserError
 from nanochat_ray.precedence import give_way
 from tests.exact_model import TOKENIZER, ExactModel, slow_reply
@@ -292,10 +292,34 @@ def test_a_defect_of_the_engine_ends_it_and_everybody_hears_of_it(start, monkeyp
     monkeypatch.setattr(thread.engine.scheduler, "schedule", defect)
     until(lambda: not thread.healthy())
     for ticket in tickets:
-        assert isinstance(inbox.of(ticket)[1], AssertionError)
+        ended = inbox.of(ticket)[1]
+        assert isinstance(ended, Ended)
+        assert isinstance(ended.__cause__, AssertionError)
     assert (thread.counters.failed, thread.active) == (3, 0)
     with pytest.raises(Full, match="stopped"):
         thread.submit(prompt("q"), GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_fails_every_reply_ends_the_engine(start, monkeypatch):
+    thread, inbox = start(scripted("x" * 1000, seconds_per_step=0.001), max_running=2)
+    first = thread.submit(prompt("q"), GREEDY)
+    until(lambda: inbox.of(first)[0])
+
+    def broken(batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(thread.engine.model, "forward", broken)
+    outcomes = []
+    for _ in range(worker.FAILED_STEPS):
+        try:
+            ticket = thread.submit(prompt("q"), GREEDY)
+        except Full:
+            break
+        until(lambda: inbox.of(ticket)[1])  # noqa: B023 (it is over before the next)
+        outcomes.append(inbox.of(ticket)[1])
+    until(lambda: not thread.healthy())
+    assert {type(outcome) for outcome in outcomes} <= {RuntimeError, Ended}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

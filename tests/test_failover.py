@@ -11,7 +11,7 @@ from nanochat_ray.engine.reply import Piece
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.serve import failover
 from nanochat_ray.serve.backend import GenerationFailed, ReplyRequest, Waiting
-from nanochat_ray.serve.failover import MOST_LOSSES, ReplicaLost, continued
+from nanochat_ray.serve.failover import MOST_LOSSES, OtherModel, ReplicaLost, continued
 
 REPLY = tuple(range(40))
 REQUEST = ReplyRequest((1, 2, 3), SamplingParams())
@@ -78,6 +78,32 @@ def test_a_reply_that_kills_its_replicas_is_given_up():
         asyncio.run(collect(replicas))
     assert len(replicas.asked) == 1 + MOST_LOSSES - 1
     assert replicas.open == 0
+
+
+def test_a_reply_is_never_continued_by_another_model(monkeypatch):
+    """While one replaces the other, the router knows replicas of both; after that only the new one's are there."""
+    monkeypatch.setattr(failover, "PAUSE_S", 0.01)
+    monkeypatch.setattr(failover, "OTHER_MODEL_PATIENCE_S", 0.1)
+    old, sessions = Replicas([(5, True)], 1), []
+
+    async def either(request: ReplyRequest):
+        sessions.append(request.session)
+        if 1 < len(sessions) < 5 or (len(sessions) > 5 and not old_is_there):
+            raise OtherModel
+        async with aclosing(old.bundles(request)) as bundles:
+            async for bundle in bundles:
+                yield bundle
+
+    async def read() -> list:
+        return [update async for update in continued(either, REQUEST)]
+
+    old_is_there = True
+    pieces = [update for update in asyncio.run(read()) if isinstance(update, Piece)]
+    assert tuple(token for piece in pieces for token in piece.tokens) == REPLY
+    assert len(set(sessions)) == 4  # so that each attempt may find another replica
+    old_is_there = False
+    with pytest.raises(GenerationFailed, match="the model was replaced"):
+        asyncio.run(read())
 
 
 def test_who_stops_reading_stops_the_work():

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from nanochat_ray.serve.http import OWNER, Guard
-from nanochat_ray.serve.keys import ApiKeys, create_key, read_keys
+from nanochat_ray.serve.keys import ApiKeys, add_key, read_keys
 from nanochat_ray.serve.schema import MAX_BODY_BYTES
 from tests.asgi import LOCAL, Answer, Client
 
@@ -122,8 +122,9 @@ class Clock:
 @pytest.fixture
 def stored(tmp_path):
     """(a key with a rate, one without, the file that holds them)"""
-    (alice, line), (bob, other) = create_key("alice", per_minute=2), create_key("bob")
     path = tmp_path / "keys"
+    alice, bob = add_key(path, "alice", per_minute=2), add_key(path, "bob")
+    line, other = path.read_text().splitlines()
     path.write_text(f"# who may ask\n\n{line}  # two a minute\n{other}\n")
     return alice, bob, path
 
@@ -137,6 +138,17 @@ def test_a_key_is_asked_for_where_there_is_something_to_protect(stored):
     assert seen[0][OWNER] == "alice"
     for path, status in [("/v1/models", 401), ("/stats", 401), ("/metrics", 401), ("/health", 200), ("/page/x", 200)]:
         assert ask(LOCAL, [b""], path, keys=keys).status == status
+        assert ask(LOCAL, [b""], f"/chat{path}", keys=keys).status == 401
+
+    def mounted(guard):  # as Serve does with a route prefix
+        async def application(scope, receive, send):
+            await guard({**scope, "root_path": "/chat"}, receive, send)
+
+        return application
+
+    for path, status in [("/chat/v1/models", 401), ("/chat/stats", 401), ("/chat", 200), ("/chat/health", 200)]:
+        client = Client(mounted(Guard(reading(), keys=keys)), headers=None)
+        assert asyncio.run(client.ask(path, portions=[b""], headers=LOCAL, method="POST")).status == status
 
 
 @pytest.mark.parametrize("wrong", ["", "Bearer", "Bearer ", "Bearer nr-wrong", "Basic {}", "{}", "Bearer {}x", "é"])

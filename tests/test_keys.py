@@ -5,24 +5,37 @@ import hashlib
 import pytest
 
 from nanochat_ray.errors import UserError
-from nanochat_ray.serve.keys import StoredKey, create_key, read_keys
+from nanochat_ray.serve.keys import StoredKey, add_key, read_keys
 
 HASH = hashlib.sha256(b"secret").hexdigest()
 
 
 def test_a_created_key_is_told_once_and_only_its_hash_is_stored(tmp_path):
-    key, line = create_key("alice", per_minute=60)
-    assert key not in line
     path = tmp_path / "keys"
-    path.write_text(line)
-    assert read_keys(path) == [StoredKey("alice", hashlib.sha256(key.encode()).hexdigest(), 60)]
-    assert create_key("alice")[0] != key
+    key = add_key(path, "alice", per_minute=60)
+    assert key not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(path.read_text().rstrip())  # as some editors leave it
+    other = add_key(path, "bob")
+    assert other != key
+    digest = [hashlib.sha256(one.encode()).hexdigest() for one in (key, other)]
+    assert read_keys(path) == [StoredKey("alice", digest[0], 60), StoredKey("bob", digest[1])]
+
+
+def test_a_name_that_is_there_already_is_refused_and_the_file_stays_as_it_was(tmp_path):
+    path = tmp_path / "keys"
+    add_key(path, "alice")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="has a key of alice already"):
+        add_key(path, "alice")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "a#b", "x" * 65, "ä"])
-def test_a_name_that_cannot_stand_in_the_file_is_refused(name):
+def test_a_name_that_cannot_stand_in_the_file_is_refused(name, tmp_path):
     with pytest.raises(UserError):
-        create_key(name)
+        add_key(tmp_path / "keys", name)
+    assert not (tmp_path / "keys").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def damage(checkpoints: Checkpoints, step: int) -> None:
 def pinned(storage: Path) -> tuple[int, int]:
     """The step of replicas, and the one the ingress describes."""
     ingress = build(Served(storage=str(storage), run="demo"))._bound_deployment
-    replicas, describe, _ = ingress.init_args
+    replicas, describe, *_ = ingress.init_args
     load = replicas._bound_deployment.init_args[0]
     return load.keywords["step"], describe().about["step"]
 

@@ -159,9 +159,12 @@ class KVBlocks:
                 return count
         return 0
 
-    def is_coming(self, keys: Sequence[Key], reusable: int) -> bool:
-        """Whether a running sequence is computing the block behind the reusable ones, so that waiting for it pays."""
-        return reusable < len(keys) and keys[reusable] in self._coming
+    def is_coming(self, keys: Sequence[Key], reusable: int, positions: int) -> bool:
+        """Whether a running sequence is computing the block behind the reusable ones, so that waiting for it pays.
+
+        It does not if that is a sequence's last block, which has the one position that must be computed.
+        """
+        return reusable < min(len(keys), (positions - 1) // BLOCK) and keys[reusable] in self._coming
 
     def missing(self, keys: Sequence[Key], reusable: int, positions: int, step: int) -> list[int]:
         """Per group: free blocks that a sequence takes until all its positions are computed, `step` at a time."""

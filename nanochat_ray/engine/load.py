@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nanochat_ray.model.gpt import GPT
     from nanochat_ray.model.ragged import StepModel
     from nanochat_ray.tokenizer import Tokenizer
+    from nanochat_ray.train.checkpoint import Checkpoints
 
 GPU_STEP_TOKENS = 2048
 FREE_MEMORY_FOR_KV = 0.5  # of what is free once the weights are there
@@ -69,7 +70,7 @@ def describe_chat_model(
     step = checkpoints.steps()[-1] if step is None else step
     plan = checkpoints.state(step).plan
     about = {"run": run, "stage": stage, "step": step, "depth": plan.depth, "context": plan.model.sequence_len}
-    fingerprint = f"{checkpoints.digest(step)} {dtype or ''}"
+    fingerprint = _fingerprint(checkpoints, step, dtype)
     return run, Tokenizer.load(folder / "tokenizer"), plan.model.sequence_len, fingerprint, about
 
 
@@ -96,7 +97,7 @@ def load_chat_model(
     began = time.monotonic()
     from nanochat_ray.device import pick_device, pick_dtype
     from nanochat_ray.tokenizer import Tokenizer
-    from nanochat_ray.train.checkpoint import load_model
+    from nanochat_ray.train.checkpoint import Checkpoints, load_model
 
     imported = time.monotonic()
     require_trained(storage, run, stage)
@@ -122,7 +123,12 @@ def load_chat_model(
         "load_s": round(loaded - imported, 3),
         "engine_s": round(time.monotonic() - loaded, 3),
     }
-    return ChatModel(engine, run, about, startup=startup)
+    fingerprint = _fingerprint(Checkpoints.of(folder / stage), step, dtype)
+    return ChatModel(engine, run, about, fingerprint, startup)
+
+
+def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None) -> str:
+    return f"{checkpoints.digest(step)} {dtype or ''}"
 
 
 def engine_of(

@@ -147,7 +147,7 @@ class Scheduler:
             ids = slot.sequence.ids
             slot.keys = block_keys(ids, slot.keys)
             reusable = self.blocks.reusable(slot.keys, len(ids))
-            if self.blocks.is_coming(slot.keys, reusable):
+            if self.blocks.is_coming(slot.keys, reusable, len(ids)):
                 continue
             missing = self.blocks.missing(slot.keys, reusable, len(ids), self.step_tokens)
             # One block more for each that writes: whoever is admitted must not at once preempt those that run.

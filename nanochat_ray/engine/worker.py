@@ -15,11 +15,17 @@ from typing import Any
 
 from nanochat_ray.engine.engine import Engine, Outcome, RunningReply
 from nanochat_ray.engine.sampler import SamplingParams
+from nanochat_ray.errors import UserError
 from nanochat_ray.precedence import take_precedence
 
+FAILED_STEPS = 3  # in a row in which every reply failed: a device that is broken breaks all that come
 STUCK_AFTER_S = 120.0  # one step never takes this long, not even a prefill chunk of a large model on a CPU
 
 Deliver = Callable[[list[tuple["Ticket", Outcome]]], None]
+
+
+class Ended(Exception):
+    """The thread has ended because the engine failed, not this reply; says how."""
 
 
 class Full(Exception):
@@ -50,8 +56,8 @@ class EngineThread:
     """The only thread that touches the model.
 
     Args:
-        deliver: called on the engine's thread after each step. If it or the engine itself raises, every reply fails and
-            the thread ends.
+        deliver: called on the engine's thread after each step. If it or the engine itself raises, or FAILED_STEPS fail
+            in a row, every reply gets `Ended` and the thread ends.
         max_waiting: replies that may wait beside those that run.
     """
 
@@ -65,6 +71,7 @@ class EngineThread:
         self._cancelled: list[Ticket] = []
         self._active: dict[Ticket, None] = {}  # in order of admission
         self._closing = False
+        self._failed_steps = 0
         self._step_began: float | None = None  # monotonic; None between steps
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -143,6 +150,7 @@ class EngineThread:
                 self._step_began = None
                 self.counters.steps += 1
                 self.counters.busy_s += time.monotonic() - began
+                self._note_failures(outcomes)
                 if delivered := self._account(outcomes):
                     self._deliver(delivered)
         except Exception as error:  # a defect of the engine or of `deliver`: it ends, and nobody may wait for it
@@ -150,8 +158,21 @@ class EngineThread:
                 self._closing = True
                 failed, self._active = list(self._active), {}
                 self.counters.failed += len(failed)
-            self._deliver([(ticket, error) for ticket in failed])
+            ended = Ended(f"{type(error).__name__}")
+            ended.__cause__ = error
+            self._deliver([(ticket, ended) for ticket in failed])
             raise
+
+    def _note_failures(self, outcomes: list[tuple[RunningReply, Outcome]]) -> None:
+        """Raises what a reply failed of when too many steps failed."""
+        errors = [outcome for _, outcome in outcomes if isinstance(outcome, Exception)]
+        # A UserError names a damaged model; another engine would have the same.
+        if not errors or len(errors) < len(outcomes) or isinstance(errors[0], UserError):
+            self._failed_steps = 0 if outcomes else self._failed_steps
+            return
+        self._failed_steps += 1
+        if self._failed_steps == FAILED_STEPS:
+            raise errors[0]
 
     def _take_in(self) -> bool:
         """Wait until there is something to step, and bring the engine's queue up to date; False when closing."""

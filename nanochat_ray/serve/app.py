@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -36,10 +36,10 @@ from nanochat_ray.precedence import give_way
 from nanochat_ray.serve.api import api_of
 from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.serve.cluster_backend import ClusterBackend
-from nanochat_ray.serve.keys import ApiKeys, read_keys
+from nanochat_ray.serve.keys import ApiKeys, StoredKey, read_keys
 from nanochat_ray.serve.replica import GRACEFUL_SHUTDOWN_S, EngineReplica
 from nanochat_ray.storage import run_folder
-from nanochat_ray.train.checkpoint import Checkpoints
+from nanochat_ray.train.checkpoint import MODEL, STATE, Checkpoints
 
 APP_NAME = "chat"
 HOST = "127.0.0.1"
@@ -51,8 +51,6 @@ AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashR
 # Serve's controller hears of the load each second, not each ten: it decides by the last three.
 METRICS_EVERY_S = 1.0
 _SERVE_ENVIRONMENT = {
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_EVERY_S),
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # Each of a stream's chunks would cross two threads more in every process. Nothing here blocks an event loop: the
     # model has a thread of its own.
@@ -96,13 +94,18 @@ class Ingress:
 
     Args:
         describe: the model's facts; called in the ingress.
+        keys: without any, nobody needs one.
     """
 
-    def __init__(self, replicas: DeploymentHandle, describe: Callable[[], ServedModel], served: Served) -> None:
+    def __init__(
+        self,
+        replicas: DeploymentHandle,
+        describe: Callable[[], ServedModel],
+        served: Served,
+        keys: Sequence[StoredKey],
+    ) -> None:
         self._backend = ClusterBackend(replicas, describe())
-        self._keys = None
-        if served.api_keys:
-            self._keys = ApiKeys(read_keys(Path(served.api_keys)), time.monotonic)
+        self._keys = ApiKeys(keys, time.monotonic) if keys else None
         self._allowed_hosts = served.allowed_hosts
 
     def report(self, stats: dict[str, Any]) -> None:
@@ -122,10 +125,12 @@ def build(args: Served) -> serve.Application:
         UserError: nothing is trained there; says which command trains it. The file of API keys cannot be read.
     """
     require_trained(args.storage, args.run, args.stage)
-    if args.api_keys:
-        read_keys(Path(args.api_keys))
+    keys = read_keys(Path(args.api_keys)) if args.api_keys else []
     if args.step is None:
-        step = Checkpoints.of(run_folder(args.storage, args.run) / args.stage).newest_valid(warn)
+        folder = run_folder(args.storage, args.run) / args.stage
+        step = Checkpoints.of(folder).newest_valid(warn, files=(STATE, MODEL))
+        if step is None:
+            raise UserError(f"no checkpoint in {folder} is finished; run the job that trains it again")
         args = args.model_copy(update={"step": step})
     if not _gpus_each():
         _warn_without_compiler()
@@ -133,14 +138,16 @@ def build(args: Served) -> serve.Application:
     chosen: dict[str, Any] = {"step": args.step, "max_running": args.max_running, "threads": args.threads}
     load = functools.partial(load_chat_model, *place, **chosen)
     describe = functools.partial(_describe, args)
-    return app_of(load, describe, args)
+    return app_of(load, describe, args, keys)
 
 
 def _describe(args: Served) -> ServedModel:
     return ServedModel(*describe_chat_model(args.storage, args.run, args.stage, args.step, args.dtype))
 
 
-def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], served: Served) -> serve.Application:
+def app_of(
+    load: Callable[[], ChatModel], describe: Callable[[], ServedModel], served: Served, keys: Sequence[StoredKey] = ()
+) -> serve.Application:
     """The application around any model that `load`, called in a replica, returns.
 
     A replica takes a GPU where the cluster that this process is connected to has one.
@@ -153,10 +160,10 @@ def app_of(load: Callable[[], ChatModel], describe: Callable[[], ServedModel], s
         autoscaling_config=_autoscaling(served),
         request_router_config=RequestRouterConfig(request_router_class=AFFINITY_ROUTER),  # type: ignore[arg-type]
     )
-    # With Serve's own proxy and controller: then no spot machine that is taken has the journal or the connections.
+    # With Serve's controller and jobs.serve's proxy: no spot machine that is taken has the journal.
     on_head = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
     ingress = cast(serve.Deployment, Ingress).options(ray_actor_options=on_head)
-    return ingress.bind(replicas.bind(load, MAX_WAITING, served.threads), describe, served)
+    return ingress.bind(replicas.bind(load, MAX_WAITING, served.threads), describe, served, keys)
 
 
 def _gpus_each() -> int:
@@ -177,7 +184,7 @@ def _autoscaling(served: Served) -> AutoscalingConfig:
         max_replicas=served.max_replicas,
         target_ongoing_requests=0.75 * served.max_running,  # so that there is room while another one starts
         look_back_period_s=3 * METRICS_EVERY_S,
-        metrics_interval_s=METRICS_EVERY_S,  # what counts are the variables above; this one must be shorter, too
+        metrics_interval_s=METRICS_EVERY_S,
         upscale_delay_s=1.0,
         downscale_delay_s=60.0,
         policy=AutoscalingPolicy(policy_function="nanochat_ray.serve.autoscaling:policy"),
@@ -214,6 +221,8 @@ def serve_app_until_interrupted(
         os.environ.setdefault(name, value)
     give_way()  # inherited by Ray's processes, where this starts them
     with connect(address, workers=replicas) as cluster:
+        if not cluster.own:
+            _require_no_serve()
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
@@ -232,6 +241,19 @@ def serve_app_until_interrupted(
                 signal.signal(number, signal.SIG_IGN)
             if not cluster.own:  # else everything ends with the cluster, and nobody waits for replies that go on
                 serve.shutdown()
+
+
+def _require_no_serve() -> None:
+    """Raises:
+    UserError: Serve runs on the cluster. It has one port and one shutdown for all its applications.
+    """
+    status = serve.status()
+    if status.proxies or status.applications:
+        names = ", ".join(status.applications) or "no application"
+        raise UserError(
+            f"Ray Serve runs on this cluster already, with {names}; deploy there with "
+            "`serve deploy cluster/serve.yaml`, or end it with `serve shutdown`"
+        )
 
 
 def _why_not_started() -> str:

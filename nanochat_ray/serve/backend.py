@@ -25,6 +25,10 @@ class GenerationFailed(Exception):
     """This reply cannot be finished anywhere: the model failed on it, or no replica could take it in time."""
 
 
+class EngineDied(GenerationFailed):
+    """Not the reply failed but the engine, which writes no other one either; elsewhere the reply may go on."""
+
+
 @dataclass(frozen=True)
 class ReplyRequest:
     """One reply to generate.
@@ -32,12 +36,14 @@ class ReplyRequest:
     prompt    token ids, for a chat up to and with assistant_start
     said      tokens of the reply that exist already, `max_tokens` counts them; the reply goes on behind them
     session   requests with the same session go to the same replica, if it has room: it may hold their beginning
+    model     the fingerprint of the model that shall write it
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     said: tuple[int, ...] = ()
     session: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Backend(Protocol):
     def generate(self, request: ReplyRequest) -> AsyncIterator[Update]:
         """The rest of a reply; the last piece has `finish`. Closing the iterator stops the work within a decode step.
 
-        Raises, all at the first `__anext__`, before any work is done:
+        Raises, before any work is done, or where the reply would have to go on on another replica:
             UserError: the prompt does not fit the context.
             Busy: as described.
         Raises later:

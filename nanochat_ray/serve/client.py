@@ -19,13 +19,14 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.serve.sse import Comment, Event, Parser
 
 CONNECT_TIMEOUT_S = 10.0
-SILENCE_TIMEOUT_S = 300.0  # a long prompt on a slow machine takes its time before the first token
+SILENCE_TIMEOUT_S = 60.0  # our server says something every 10 s; others read a long prompt first
 GIVE_UP_S = 120.0  # without any event
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 8.0
 KEY_VARIABLE = "NANOCHAT_API_KEY"
 _NOTHING_THERE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 _TRY_AGAIN = (408, 429, 502, 503, 504)
+_PASSING = ("overloaded", "starting")  # codes of errors in a stream
 
 State = dict[str, Any]
 
@@ -116,6 +117,8 @@ class _Reply:
     def _deltas(self, event: Event) -> Iterator[dict[str, Any]]:
         value = json.loads(event.data)
         if "error" in value:
+            if value["error"].get("code") in _PASSING:
+                raise _TryAgain(value["error"]["message"], answered=True)
             raise UserError(f"{self.url} broke off: {value['error']['message']}")
         self.events += 1
         if event.last_id:
@@ -168,7 +171,7 @@ def _headers() -> dict[str, str]:
 
 def _delay(error: Exception, attempt: int) -> float:
     if isinstance(error, _TryAgain) and error.retry_after_s is not None:
-        return error.retry_after_s
+        return max(FIRST_DELAY_S, error.retry_after_s)
     return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)
 
 

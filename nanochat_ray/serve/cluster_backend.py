@@ -7,18 +7,22 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Any, cast
 
+import grpc  # Ray Serve's own dependency
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import DeploymentStatusTrigger, ReplicaState
 
-from nanochat_ray.errors import UserError
 from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
 from nanochat_ray.serve.failover import ReplicaLost, continued
+from nanochat_ray.serve.local import SIGN_OF_LIFE_S
 
 NEWS_EVERY_S = 0.5  # for one that waits
+# gRPC's own error: its server, the replica, was stopped in the middle.
+_LOSSES = (RayActorError, TaskCancelledError, DeploymentUnavailableError, grpc.aio.AioRpcError)
 STATUS_HOLDS_S = 1.0
+SILENT_S = 10 * SIGN_OF_LIFE_S  # then the machine has gone without closing the connection; gRPC itself takes minutes
 REPORT_HOLDS_S = 5.0  # a replica that says nothing for so long is not well, or not there any more
 
 
@@ -68,25 +72,27 @@ class ClusterBackend:
                 yield [news]
             del self._not_begun[place]
             while True:
+                if not (await asyncio.wait({following}, timeout=SILENT_S))[0]:
+                    raise ReplicaLost(f"nothing was heard from the replica for {SILENT_S:.0f} s")
+                if following.cancelled():  # there, not here: the replica does not want to finish it
+                    raise ReplicaLost("the replica gave the reply up")
                 try:
-                    bundle = await following
+                    bundle = following.result()
                 except StopAsyncIteration:
                     return
-                yield bundle
+                if bundle:  # else a sign of life
+                    yield bundle
                 following = asyncio.ensure_future(anext(response))
         except BackPressureError as error:
             raise Busy("as many conversations wait as this server takes") from error
-        except RayTaskError as error:
-            raise _cause(error) from error
-        except (RayActorError, TaskCancelledError, DeploymentUnavailableError) as error:
+        except _LOSSES as error:
             raise ReplicaLost(str(error)) from error
         finally:
             self._not_begun.pop(place, None)
             following.cancel()
             with suppress(RayError, RayServeException):  # raises what the reply ended with
                 response.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration, RayError, RayServeException):
-                await following
+            await asyncio.wait({following})  # whatever came of it
 
     async def _until_begun(self, following: "asyncio.Future[Any]", place: object) -> AsyncIterator[Waiting]:
         """Why a reply has not begun, each time that changes."""
@@ -101,16 +107,6 @@ class ClusterBackend:
             if news != told:
                 told = news
                 yield news
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """What the replica raised. A reply that was cancelled there, not here, is one that it does not want to finish."""
-    cause = error.cause
-    if isinstance(cause, (UserError, Busy, GenerationFailed)):
-        return cause
-    if isinstance(cause, (RayActorError, TaskCancelledError, asyncio.CancelledError)):
-        return ReplicaLost(str(error))
-    return GenerationFailed(f"the replica failed ({type(cause).__name__})")
 
 
 class _Status:

@@ -12,10 +12,15 @@ from dataclasses import replace
 from nanochat_ray.engine.reply import Piece
 from nanochat_ray.serve.backend import GenerationFailed, ReplyRequest, Update, Waiting
 
+OTHER_MODEL_PATIENCE_S = 60.0  # while a model is replaced, replicas of the old and the new one run side by side
 PAUSE_S = 0.2  # Serve's router hears a moment later than we do that a replica is gone
 MOST_LOSSES = 3  # in a row without a token between them: then it may be the reply that kills replicas
 
 Bundles = Callable[[ReplyRequest], AsyncGenerator[list[Update], None]]
+
+
+class OtherModel(Exception):
+    """The replica that was asked has another model than the one whose reply it is."""
 
 
 class ReplicaLost(Exception):
@@ -30,9 +35,10 @@ async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncGenerator[U
             an earlier end means that the replica hands the reply over.
 
     Raises:
-        GenerationFailed: MOST_LOSSES replicas in a row were lost before they added a token.
+        GenerationFailed: MOST_LOSSES replicas in a row were lost before they added a token, or no replica has the
+            request's model any more.
     """
-    losses = 0
+    losses, elsewhere, session = 0, 0, request.session
     while True:
         async with aclosing(bundles(request)) as parts:
             try:
@@ -46,6 +52,13 @@ async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncGenerator[U
                             return
             except ReplicaLost:
                 losses += 1
+            except OtherModel:
+                elsewhere += 1
+                if elsewhere * PAUSE_S >= OTHER_MODEL_PATIENCE_S:
+                    raise GenerationFailed("the model was replaced while this reply was written") from None
+                request = replace(request, session=f"{session} {elsewhere}")  # which leads to another replica
+                await asyncio.sleep(PAUSE_S)
+                continue
         if losses >= MOST_LOSSES:
             raise GenerationFailed(f"{losses} replicas in a row were lost while they wrote this reply")
         yield Waiting("moved")

@@ -111,7 +111,7 @@ class Guard:
             raise Refusal(403, "this server answers only to the names localhost, 127.0.0.1 and those it was told")
         if origin and from_host != host:
             raise Refusal(403, "requests from pages of other sites are refused")
-        if self._keys is not None and _is_protected(scope.get("path", "")):
+        if self._keys is not None and not _is_public(scope):
             # Before the body: who may not ask need not send it.
             authorization = headers.get(b"authorization", b"").decode("latin-1")
             scope[OWNER] = self._keys.check(authorization, counts=scope["method"] == "POST")
@@ -120,8 +120,10 @@ class Guard:
             raise _too_large()
 
 
-def _is_protected(path: str) -> bool:
-    return path == "/v1" or path.startswith(("/v1/", "/stats", "/metrics"))
+def _is_public(scope: Scope) -> bool:
+    """The page, which asks its user for a key, what describes the API, and whether it is alive."""
+    path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # behind the prefix of its application
+    return path in ("", "/", "/health", "/openapi.json") or path.startswith("/page/")
 
 
 def _too_large() -> Refusal:

@@ -60,7 +60,7 @@ def replay(tokenizer: ChatTokenizer, stops: tuple[str, ...], written: Written, s
             yield piece
     if written.finish == "length" and sent.step != "e":
         # The text that was held back came with the end, so a position before the end was passed without it.
-        all_text_sent = sent == Sent(len(written.tokens), "t")
+        all_text_sent = (sent.tokens, sent.step) == (len(written.tokens), "t")
         yield Piece(finish="length") if all_text_sent else reply.cut(Piece())
 
 

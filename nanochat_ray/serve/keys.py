@@ -9,6 +9,7 @@ A key has 256 random bits, so that a plain hash of it cannot be guessed back.
 import hashlib
 import hmac
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -136,16 +137,25 @@ def _parse(where: str, text: str, taken: set[str]) -> StoredKey:
     return StoredKey(name, sha256, int(fields[2][:9]))
 
 
-def create_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
-    """A new key, which is told once, and the line to store.
+def add_key(path: Path, name: str, per_minute: int | None = None) -> str:
+    """A new key, which is told once; its line is added to the file, which only its owner may read if it is new.
 
     Raises:
-        UserError: name or rate cannot stand in such a line.
+        UserError: name or rate cannot stand in such a line, the name is there already, or the file is not one of keys.
     """
+    there = path.exists() and path.stat().st_size > 0
+    taken = {key.name for key in read_keys(path)} if there else set()
     key = f"nr-{secrets.token_urlsafe(32)}"
     line = f"{name}:{_digest(key)}" + (f":{per_minute}" if per_minute is not None else "")
+    if name in taken:
+        raise UserError(f"{path} has a key of {name} already; delete its line first, or take another name")
     _parse("the new key", line, set())
-    return key, line
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode=0o600)
+    with os.fdopen(file, "a", encoding="utf-8") as keys:
+        if there and not path.read_bytes().endswith(b"\n"):
+            keys.write("\n")
+        keys.write(f"{line}\n")
+    return key
 
 
 def _digest(token: str) -> str:

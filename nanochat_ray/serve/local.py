@@ -12,11 +12,12 @@ from typing import Any
 from nanochat_ray.engine.engine import Outcome
 from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.engine.reply import Piece
-from nanochat_ray.engine.worker import EngineThread, Full, Ticket
+from nanochat_ray.engine.worker import Ended, EngineThread, Full, Ticket
 from nanochat_ray.errors import UserError
-from nanochat_ray.serve.backend import Busy, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
+from nanochat_ray.serve.backend import Busy, EngineDied, GenerationFailed, ReplyRequest, ServedModel, Update, Waiting
 
 QUEUE_NEWS_S = 0.5  # how often one who waits hears how many are before it
+SIGN_OF_LIFE_S = 2.0  # so often there is at least an empty bundle, so that silence means that this process is gone
 HOLD_BACK_S, MORE_FOR_EACH_S = 0.03, 0.006  # with one reply, and for each other that is being written
 LONGEST_HOLD_BACK_S = 0.12  # eight times a second still reads as if it were written steadily
 
@@ -44,18 +45,24 @@ class LocalBackend:
                     yield update
 
     async def bundles(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
-        """As `generate`: what arrived meanwhile is one bundle. Ends early when replies are handed over."""
+        """As `generate`: what arrived meanwhile is one bundle, empty as a sign of life.
+
+        Ends early, maybe at once, when replies are handed over.
+        """
+        if self._leaving:
+            return
         try:
             ticket = self.thread.submit(request.prompt, request.params, request.said)
         except Full as full:
             raise Busy(str(full)) from full
         inbox = self._inboxes[ticket] = _Inbox()
         try:
-            async for waiting in self._queued(ticket, inbox):
-                yield [waiting]
+            async for bundle in self._queued(ticket, inbox):
+                yield bundle
             finished = False
             while not (finished or self._leaving):
-                await inbox.filled()
+                while not await inbox.filled(SIGN_OF_LIFE_S):
+                    yield []
                 pieces = inbox.take()
                 finished = bool(pieces and pieces[-1].finish)
                 if pieces:
@@ -93,15 +100,13 @@ class LocalBackend:
         """Stop the engine's thread; replies in progress are dropped."""
         self.thread.close()
 
-    async def _queued(self, ticket: Ticket, inbox: "_Inbox") -> AsyncIterator[Waiting]:
+    async def _queued(self, ticket: Ticket, inbox: "_Inbox") -> AsyncIterator[list[Update]]:
         """How many are before a reply, each time that changes, until it begins."""
         told = 0
-        while not inbox.outcomes and (ahead := self.thread.ahead(ticket)):
-            if ahead != told:
-                told = ahead
-                yield Waiting("queued", ahead)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(inbox.filled(), QUEUE_NEWS_S)
+        while not (inbox.outcomes or self._leaving) and (ahead := self.thread.ahead(ticket)):
+            yield [] if ahead == told else [Waiting("queued", ahead)]
+            told = ahead
+            await inbox.filled(QUEUE_NEWS_S)
 
     def _hold_back_s(self) -> float:
         return min(LONGEST_HOLD_BACK_S, HOLD_BACK_S + MORE_FOR_EACH_S * (self.thread.active - 1))
@@ -136,22 +141,20 @@ class _Inbox:
         self._something.set()
         self._everything.set()
 
-    async def filled(self) -> None:
-        """Until something is there."""
-        await self._something.wait()
+    async def filled(self, timeout_s: float) -> bool:
+        """Wait until something is there; False when the time is over."""
+        return await _within(timeout_s, self._something)
 
-    async def complete(self, timeout_s: float) -> None:
-        """Until nothing more will come, or the time is over."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._everything.wait()
+    async def complete(self, timeout_s: float) -> bool:
+        """Wait until nothing more will come; False when the time is over."""
+        return await _within(timeout_s, self._everything)
 
     def take(self) -> list[Piece]:
         """The pieces that are there. Those before a failure come first, the failure with the next call.
 
         Raises:
             GenerationFailed: the engine gave the reply up.
-            UserError: why the reply cannot go on.
+            EngineDied: the engine gave all of them up.
         """
         pieces: list[Piece] = []
         while self.outcomes:
@@ -159,11 +162,21 @@ class _Inbox:
             if isinstance(outcome, Exception):
                 if pieces:
                     return pieces
-                if isinstance(outcome, UserError):
-                    raise outcome
+                if isinstance(outcome, Ended):
+                    raise EngineDied(f"the engine has ended ({outcome})") from outcome
+                if isinstance(outcome, UserError):  # the model's fault all the same; it says what is wrong with it
+                    raise GenerationFailed(str(outcome)) from outcome
                 kind = type(outcome).__name__
                 raise GenerationFailed(f"the model failed while it wrote this reply ({kind})") from outcome
             pieces += outcome
             del self.outcomes[0]
         self._something.clear()
         return pieces
+
+
+async def _within(timeout_s: float, event: asyncio.Event) -> bool:
+    if not event.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+    return event.is_set()

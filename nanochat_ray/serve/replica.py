@@ -5,6 +5,7 @@ The model runs on the engine's own thread, so that health checks and other calls
 
 import asyncio
 import logging
+import math
 import os
 import socket
 import time
@@ -21,7 +22,8 @@ from ray.serve.schema import ReplicaState
 from nanochat_ray.engine.load import ChatModel
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.precedence import take_precedence
-from nanochat_ray.serve.backend import ReplyRequest, Update
+from nanochat_ray.serve.backend import EngineDied, ReplyRequest, Update
+from nanochat_ray.serve.failover import OtherModel
 from nanochat_ray.serve.local import LocalBackend
 
 logger = logging.getLogger("ray.serve")
@@ -60,14 +62,21 @@ class EngineReplica:
         self._tasks = [asyncio.create_task(self._report()), asyncio.create_task(self._watch_for_notice())]
 
     async def generate(self, request: ReplyRequest) -> AsyncGenerator[list[Update], None]:
-        """The rest of a reply in bundles. Ends before the piece with `finish` when this replica hands it over.
+        """The rest of a reply in bundles, as `LocalBackend.bundles`.
 
         Raises:
+            OtherModel: this replica cannot write this reply.
             UserError, Busy, GenerationFailed: as `Backend.generate`.
         """
-        async with aclosing(self._backend.bundles(request)) as bundles:
-            async for bundle in bundles:
-                yield bundle
+        if request.model != self._backend.model.fingerprint:
+            raise OtherModel
+        try:
+            async with aclosing(self._backend.bundles(request)) as bundles:
+                async for bundle in bundles:
+                    yield bundle
+        except EngineDied as error:
+            logger.error(f"{error}; this replica ends")
+            os._exit(1)  # as for a stuck engine: all its replies go on elsewhere
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises, or when its process has ended."""
@@ -106,8 +115,11 @@ class EngineReplica:
             deadline_ms = (await asyncio.to_thread(state.get_draining_nodes)).get(node)
             if deadline_ms is None:
                 continue
-            left_s = deadline_ms / 1000 - time.time()
-            if left_s < HAND_OVER_BEFORE_S or await asyncio.to_thread(_others_run):
+            left_s = deadline_ms / 1000 - time.time() if deadline_ms else math.inf  # 0: some time, says Ray
+            others = False
+            with suppress(RayError, RayServeException):  # the controller may be busy with the same machines
+                others = await asyncio.to_thread(_others_run)
+            if others or left_s < HAND_OVER_BEFORE_S:
                 self._backend.hand_over()
                 return
 

@@ -69,7 +69,7 @@ class Replies:
         self._check_length(prompt, "messages")
         start = next(i for i, message in enumerate(conversation, start=1) if message["role"] == "user")
         session = _hash(json.dumps(conversation[:start]))
-        request = ReplyRequest(tuple(prompt), params, session=session)
+        request = ReplyRequest(tuple(prompt), params, session=session, model=self._backend.model.fingerprint)
         return self._begin(body, caller, [request], ChatShape)
 
     async def completion(self, body: CompletionRequest, caller: Caller) -> Answer:
@@ -85,7 +85,8 @@ class Replies:
             prompt = await _encoded(len(text_or_ids), partial(self._raw_prompt, text_or_ids))
             self._check_length(prompt, "prompt")
             session = _hash(json.dumps(prompt[:_SESSION_TOKENS]))
-            requests.append(ReplyRequest(tuple(prompt), params, session=session))
+            fingerprint = self._backend.model.fingerprint
+            requests.append(ReplyRequest(tuple(prompt), params, session=session, model=fingerprint))
         return self._begin(body, caller, requests, CompletionShape)
 
     @property

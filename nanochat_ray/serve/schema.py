@@ -14,8 +14,7 @@ from nanochat_ray.engine.sampler import MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOPS,
 MAX_BODY_BYTES = 1 << 20
 MAX_MESSAGES = 500
 MAX_TEXT_CHARS = 100_000
-MAX_PROMPTS = 8
-MAX_CHOICES_EACH = 8
+MAX_CHOICES = 8  # of a request in all: one client must not fill a server with two requests
 DEFAULT_MAX_TOKENS = 512
 _SEED_LIMIT = 1 << 63
 
@@ -87,7 +86,7 @@ class SamplingRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES_EACH)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -213,11 +212,17 @@ class CompletionRequest(SamplingRequest):
 
     prompt: (
         _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | _TokenIds
-        | Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=5)
+
+    @model_validator(mode="after")
+    def _refuse_too_many_choices(self) -> "CompletionRequest":
+        if len(self.prompts()) * (self.n or 1) > MAX_CHOICES:
+            raise ValueError(f"n for each prompt makes more than {MAX_CHOICES} choices; send several requests")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""

@@ -16,7 +16,7 @@ from nanochat_ray.serve.answers import Shape, Usage
 from nanochat_ray.serve.backend import Waiting
 from nanochat_ray.serve.http import Receive, Scope, Send
 from nanochat_ray.serve.journal import Skipped, Written
-from nanochat_ray.serve.position import Position, Sent
+from nanochat_ray.serve.position import Position
 from nanochat_ray.serve.refusals import refusal_of
 from nanochat_ray.serve.writing import Closed, Happening, Writing
 
@@ -120,19 +120,18 @@ class _Frames:
         return self._state_now() + self._piece(index, happening)
 
     def _piece(self, index: int, piece: Piece) -> bytes:
-        tokens = self._sent[index].tokens + len(piece.tokens)
-        data = b""
+        before, data = self._sent[index], b""
         if piece.text or piece.logprobs:
             more_follows = piece.tool is not None or piece.finish is not None
-            self._sent[index] = Sent(tokens, "t" if more_follows else "")
+            self._sent[index] = before.after(piece.tokens, "t" if more_follows else "")
             data += self._framed(self._shape.text(index, piece.text, piece.logprobs))
         if piece.tool is not None:
-            self._sent[index] = Sent(tokens)
+            self._sent[index] = before.after(piece.tokens, "")
             data += self._framed(self._shape.tool(index, piece.tool))
         if piece.finish is not None:
-            self._sent[index] = Sent(tokens, "e")
+            self._sent[index] = before.after(piece.tokens, "e")
             data += self._framed(self._shape.last(index, piece.finish))
-        self._sent[index] = Sent(tokens, self._sent[index].step)
+        self._sent[index] = before.after(piece.tokens, self._sent[index].step)
         return data
 
     def _framed(self, chunk: dict[str, Any]) -> bytes:

@@ -151,7 +151,8 @@ class Writing:
             await self._generate(index, unseen_to=sent.tokens)
         if written.finish is None and self._is_full(index):
             written.finish = "length"
-        if sent.tokens > len(written.tokens) or (sent.step == "e" and written.finish is None):
+        same = Sent().after(written.tokens[: sent.tokens], sent.step) == sent
+        if not same or (sent.step == "e" and written.finish is None):
             raise Diverged
         tokenizer, stops = self._backend.model.tokenizer, request.params.stop
         for part in replay(tokenizer, stops, written, sent):
@@ -174,6 +175,7 @@ class Writing:
                         self._meter.update(index, update)
                         if isinstance(update, Piece):
                             written.add(update)
+                            give_up_at = asyncio.get_running_loop().time() + PATIENCE_S
                         if isinstance(update, Waiting) or unseen_to is None:
                             self._post(index, update)
                 break

@@ -9,6 +9,7 @@ used: their index is private to Ray and pinned to its version, while these must 
 evaluator and the server, none of which runs under Ray Train.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -141,13 +142,16 @@ class Checkpoints:
         steps = [int(match[1]) for match in found if match]
         return sorted(step for step in steps if (self.folder / _name(step)).exists(MANIFEST))
 
-    def newest_valid(self, warn: Callable[[str], None]) -> int | None:
+    def newest_valid(self, warn: Callable[[str], None], files: Sequence[str] = FILES) -> int | None:
         """The step of the newest checkpoint that verifies, warning about damaged newer ones; None if there is none.
+
+        Args:
+            files: those that must verify; the others are not read.
 
         Raises:
             UserError: there are checkpoints and all are damaged; to begin again must be the user's own decision.
         """
-        found = self._newest(self._verify, warn)
+        found = self._newest(functools.partial(self._verify, files=files), warn)
         return None if found is None else found[0]
 
     def newest_whole(self, warn: Callable[[str], None]) -> int | None:
@@ -215,9 +219,10 @@ class Checkpoints:
                 raise _Damaged(f"{name} has {size} bytes instead of {seal['bytes']}")
         self._content(step, {STATE: seals[STATE]})
 
-    def _verify(self, step: int) -> None:
-        for name, seal in self._manifest(step).items():
-            for _ in _sealed((self.folder / _name(step)).read_pieces(name), name, seal):
+    def _verify(self, step: int, files: Sequence[str]) -> None:
+        seals = self._manifest(step)
+        for name in files:
+            for _ in _sealed((self.folder / _name(step)).read_pieces(name), name, seals[name]):
                 pass
 
     def _read(self, step: int, names: Sequence[str]) -> dict[str, bytearray]:
