@@ -4,7 +4,7 @@
     python -m jobs.chat --run demo --prompt "What is 17 * 23?"
     python -m jobs.chat --url http://127.0.0.1:8000
 
-/new forgets the conversation, /quit leaves. Ctrl-C stops a reply.
+/new forgets the conversation, /quit leaves. Ctrl-C stops a reply. A server's API key is read from NANOCHAT_API_KEY.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from nanochat_ray import cli
 from nanochat_ray.errors import UsageError, UserError
 
+COMMANDS = "/new forgets the conversation, /quit leaves; Ctrl-C stops a reply"
 Message = dict[str, Any]
 # Pieces of a reply: ("text", words), or ("python", expression) followed by ("python_output", result).
 Answer = Callable[[list[Message]], Iterator[tuple[str, str]]]
@@ -72,6 +73,8 @@ def _converse(answer: Answer) -> int:
         if question == "/new":
             messages = []
             print("(a new conversation)")
+        elif question.startswith("/"):
+            print(COMMANDS)
         elif question:
             asked = [*messages, {"role": "user", "content": question}]
             try:
@@ -88,7 +91,7 @@ def _say(answer: Answer, messages: list[Message]) -> Message:
     parts: list[dict[str, str]] = []
     try:
         for kind, text in answer(messages):
-            print({"python": f"[{text} = ", "python_output": f"{text}]"}.get(kind, text), end="", flush=True)
+            print({"python": f"[{text} = ", "python_output": f"{text}] "}.get(kind, text), end="", flush=True)
             if kind == "text" and parts and parts[-1]["type"] == "text":
                 parts[-1]["text"] += text
             else:
@@ -124,14 +127,29 @@ def _local(args: argparse.Namespace, params: Any) -> Answer:
 def _server(url: str, params: Any) -> Answer:
     from nanochat_ray.serve.client import ask
 
+    known = False
+
     def answer(messages: list[Message]) -> Iterator[tuple[str, str]]:
-        for delta in ask(url, messages, params):
+        nonlocal known
+        for delta in ask(url, messages, params, known=known, on_state=_tell):
+            known = True
             if delta.get("content"):
                 yield "text", delta["content"]
             if delta.get("tool"):
                 yield from _tool(**delta["tool"])
 
     return answer
+
+
+def _tell(state: dict[str, Any]) -> None:
+    """On a terminal, why nothing comes; a reply that is written into a file stays as it is."""
+    words = {
+        "reconnecting": "the connection is lost; trying again",
+        "starting": "a replica is being started",
+        "moved": "its replica is gone; another one goes on",
+    }
+    if sys.stderr.isatty() and state["state"] in words:
+        print(f"({words[state['state']]})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

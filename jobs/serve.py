@@ -3,7 +3,7 @@
     python -m jobs.serve --run demo --port 8000
     python -m jobs.serve --run d20 --address auto --replicas 0:8      # replicas follow the load, down to none
     python -m jobs.serve --run demo --new-key alice --api-keys keys   # a key for alice is added to the file, and shown
-    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "What is 17 * 23?"}]}'
 """
 
@@ -44,6 +44,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--host {args.host} lets others in; say with --api-keys who may come (see --new-key)")
     if args.max_running is not None and args.max_running < 1:
         raise UsageError(f"--max-running is {args.max_running}; it must be 1 or more")
+    if not 1 <= args.port <= 65535:
+        raise UsageError(f"--port is {args.port}; it must be 1 to 65535")
     low, high = cli.parse_range(args.replicas, "--replicas", least=0)
     from nanochat_ray.serve.app import Served, serve_until_interrupted
 

@@ -161,6 +161,22 @@ def test_a_server_that_is_not_there_is_one_clear_line_at_once():
         list(ask("nonsense", user("x"), PARAMS))
 
 
+def test_a_server_that_answered_before_is_waited_for():
+    refused = 3
+    server = Server(FakeBackend(), [])
+
+    def away(request: httpx.Request) -> httpx.Response:
+        nonlocal refused
+        refused -= 1
+        if refused >= 0:
+            raise httpx.ConnectError("refused")
+        return server(request)
+
+    deltas, slept = run(away, known=True)
+    assert said(deltas) == CALM
+    assert slept == [0.5, 1.0, 2.0]
+
+
 def test_a_server_that_goes_for_good_is_given_up_after_two_minutes():
     server = Server(FakeBackend(), [2500])
 

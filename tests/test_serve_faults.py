@@ -33,10 +33,10 @@ def pid_of(server: Server, deployment: str) -> int:
     raise AssertionError(f"no {deployment} runs")
 
 
-def read_while(server: Server, question: str, disturb) -> tuple[str, list[dict]]:
+def read_while(server: Server, question: str, disturb, max_tokens: int = 1000) -> tuple[str, list[dict]]:
     """The whole reply of a client that comes back, whatever happens to the server; and the states it was told."""
     text, states, disturbed = "", [], False
-    params = SamplingParams(temperature=0.0, max_tokens=1000)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     for delta in ask(server.url, user(question), params, on_state=states.append):
         text += delta.get("content") or ""
         if len(text) > 50 and not disturbed:
@@ -114,6 +114,23 @@ def test_a_model_is_replaced_under_load_without_a_failed_request():
         assert {answer.status_code for answer in answers} == {200}
         refused = httpx.post(server.url + CHAT, json=body, headers={**headers, "Last-Event-ID": last_id}, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_changed")
+
+
+def test_a_server_that_is_stopped_lets_replies_end_and_refuses_new_ones():
+    with scripted_server(max_queued=16) as server:
+        refused: list[httpx.Response] = []
+
+        def stop() -> None:
+            server.process.send_signal(signal.SIGTERM)
+            while not refused or refused[-1].status_code == 200:
+                refused.append(httpx.post(server.url + CHAT, json={"messages": user("hello")}, timeout=30))
+
+        text, states = read_while(server, "slow", stop, max_tokens=400)
+        assert text == SLOW[:400]
+        assert states == []
+        assert refused[-1].status_code == 503
+        assert int(refused[-1].headers["retry-after"]) > 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_a_slow_reader_hinders_nobody_and_gets_everything():

@@ -65,7 +65,7 @@ def api_of(
     times: Times = Times(),
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """The application. Holds what its requests share, so it is made where it runs.
+    """The application, and in `state.replies` its `Replies`. Holds what requests share, so it is made where it runs.
 
     Args:
         keys: without them nobody needs one.
@@ -76,7 +76,8 @@ def api_of(
     metrics = Metrics()
     api = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)  # those pages load scripts from other sites
     install(api, backend)
-    api.include_router(_reply_routes(Replies(backend, metrics, clock), metrics, times))
+    api.state.replies = replies = Replies(backend, metrics, clock)
+    api.include_router(_reply_routes(replies, metrics, times))
     api.include_router(_fact_routes(backend, metrics))
     api.include_router(_page_routes(page))
     describe(api)

@@ -7,6 +7,7 @@ A reply's replica is chosen by its conversation, so that the next turn finds its
 that replica is full the next one takes it.
 """
 
+import asyncio
 import functools
 import logging
 import os
@@ -24,7 +25,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kernels.cpu_step_build import find_compiler
@@ -38,6 +41,7 @@ from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.serve.cluster_backend import ClusterBackend
 from nanochat_ray.serve.keys import ApiKeys, StoredKey, read_keys
 from nanochat_ray.serve.replica import GRACEFUL_SHUTDOWN_S, EngineReplica
+from nanochat_ray.serve.replies import Replies
 from nanochat_ray.storage import run_folder
 from nanochat_ray.train.checkpoint import MODEL, STATE, Checkpoints
 
@@ -46,6 +50,7 @@ HOST = "127.0.0.1"
 MAX_RUNNING = 32  # replies that a replica writes at the same time
 MAX_WAITING = 8  # replies that wait at a replica, so that its batch is full again at once when one ends
 MAX_QUEUED = 64  # replies that wait for a replica; whoever comes then is refused
+DRAIN_S = 10.0  # that replies get to their end when the server is stopped
 MAX_OPEN = 2048  # requests at the ingress, most of them waiting for tokens
 AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 # Serve's controller hears of the load each second, not each ten: it decides by the last three.
@@ -112,8 +117,17 @@ class Ingress:
         """Called by each replica every second."""
         self._backend.note(stats)
 
+    async def drain(self, within_s: float) -> None:
+        """Refuse what comes from now on, and wait for the replies that are being written."""
+        self._replies.closing = True
+        deadline = time.monotonic() + within_s
+        while self._replies.active and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return api_of(self._backend, keys=self._keys, allowed_hosts=self._allowed_hosts)
+        api = api_of(self._backend, keys=self._keys, allowed_hosts=self._allowed_hosts)
+        self._replies: Replies = api.state.replies
+        return api
 
 
 def build(args: Served) -> serve.Application:
@@ -203,6 +217,8 @@ def serve_until_interrupted(
         UserError: nothing is trained there, the port is in use, or the model does not load.
     """
     require_trained(served.storage, served.run, served.stage)
+    if served.api_keys:
+        read_keys(Path(served.api_keys))
     serve_app_until_interrupted(functools.partial(build, served), host, port, address, served.max_replicas, on_ready)
 
 
@@ -236,11 +252,19 @@ def serve_app_until_interrupted(
             on_ready(f"http://{host}:{port}")
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
+            with suppress(KeyboardInterrupt):  # the second time means now
+                _drain()
         finally:
-            for number in STOP_SIGNALS:  # a second Ctrl-C must not leave processes behind
+            for number in STOP_SIGNALS:  # another Ctrl-C must not leave processes behind
                 signal.signal(number, signal.SIG_IGN)
             if not cluster.own:  # else everything ends with the cluster, and nobody waits for replies that go on
                 serve.shutdown()
+
+
+def _drain() -> None:
+    drained = serve.get_app_handle(APP_NAME).drain.remote(DRAIN_S)
+    with suppress(TimeoutError, RayError, RayServeException):  # no ingress, no replies
+        drained.result(timeout_s=DRAIN_S + 1)
 
 
 def _require_no_serve() -> None:
@@ -260,7 +284,8 @@ def _why_not_started() -> str:
     """The last line of the traceback of a replica that did not start."""
     deployments = serve.status().applications[APP_NAME].deployments.values()
     lines = [line.strip() for deployment in deployments for line in deployment.message.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+    line = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+    return line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")  # people need not know whose it is
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -37,6 +37,7 @@ def ask(
     params: SamplingParams,
     *,
     on_state: Callable[[State], None] = lambda state: None,
+    known: bool = False,
     transport: httpx.BaseTransport | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[dict[str, Any]]:
@@ -46,12 +47,13 @@ def ask(
         url: of the server, without a path.
         on_state: called with what the server says about a reply that waits ({"state": "queued", "ahead": 3}), and with
             {"state": "reconnecting", "attempt": 1} before each new attempt.
+        known: there was a server at this address a moment ago; if none listens there now, it will be back.
 
     Raises:
         UserError: the server cannot be reached, refuses the request (with its own words), or broke off and does not
             come back.
     """
-    reply = _Reply(url, _body(messages, params), _headers(), on_state)
+    reply = _Reply(url, _body(messages, params), _headers(), on_state, known)
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     attempt, waited_s = 0, 0.0
     with httpx.Client(timeout=timeout, transport=transport) as http:
@@ -91,6 +93,7 @@ class _Reply:
     body: dict[str, Any]
     headers: dict[str, str]
     on_state: Callable[[State], None]
+    known: bool
     events: int = 0
     deltas_without_id: bool = field(default=False)
 
@@ -101,7 +104,8 @@ class _Reply:
             if response.status_code in _TRY_AGAIN:
                 raise _TryAgain(_message(response.read()), _retry_after(response), answered=True)
             if response.status_code != 200:
-                raise UserError(f"{self.url} answered {response.status_code}: {_message(response.read())}")
+                hint = f"; put it into the variable {KEY_VARIABLE}" if response.status_code == 401 else ""
+                raise UserError(f"{self.url} answered {response.status_code}: {_message(response.read())}{hint}")
             parser = Parser()
             for portion in response.iter_bytes():
                 for item in parser.push(portion):
@@ -132,7 +136,7 @@ class _Reply:
         """Not when nothing listens there; nor when the server gives no ids, as then the reply would begin again."""
         if self.deltas_without_id:
             return False
-        return self.events > 0 or not isinstance(error, _NOTHING_THERE)
+        return self.known or self.events > 0 or not isinstance(error, _NOTHING_THERE)
 
     def failure(self, error: Exception) -> UserError:
         if isinstance(error, _TryAgain) and error.answered:

@@ -46,6 +46,8 @@ class Caller:
 class Replies:
     """Answers requests with a backend; remembers replies that have a key.
 
+    closing   nothing new is begun
+
     Args:
         clock: seconds, never going back.
     """
@@ -54,6 +56,7 @@ class Replies:
         self._backend = backend
         self._metrics = metrics
         self.journal = Journal(clock)
+        self.closing = False
 
     async def chat(self, body: ChatRequest, caller: Caller) -> Answer:
         """Begin to answer.
@@ -90,6 +93,11 @@ class Replies:
         return self._begin(body, caller, requests, CompletionShape)
 
     @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return self._metrics.requests.active
+
+    @property
     def _tokenizer(self) -> ChatTokenizer:
         return self._backend.model.tokenizer
 
@@ -118,6 +126,8 @@ class Replies:
         prompts: Sequence[ReplyRequest],
         shape: type[ChatShape | CompletionShape],
     ) -> Answer:
+        if self.closing:
+            raise Busy("the server is being stopped")
         requests = _choices(prompts, body.n or 1)
         model = self._backend.model
         written = tuple(Written() for _ in requests)
