@@ -92,7 +92,8 @@ class ClusterBackend:
             following.cancel()
             with suppress(RayError, RayServeException):  # raises what the reply ended with
                 response.cancel()
-            await asyncio.wait({following})  # whatever came of it
+            await asyncio.wait({following})
+            _ = following.cancelled() or following.exception()  # nobody asks any more; asyncio would log that
 
     async def _until_begun(self, following: "asyncio.Future[Any]", place: object) -> AsyncIterator[Waiting]:
         """Why a reply has not begun, each time that changes."""

@@ -5,6 +5,7 @@ is asked for again with the tokens it has. Nothing is lost, repeated or changed;
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,8 +39,12 @@ async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncGenerator[U
         GenerationFailed: MOST_LOSSES replicas in a row were lost before they added a token, or no replica has the
             request's model any more.
     """
-    losses, elsewhere, session = 0, 0, request.session
-    while True:
+    losses = others = 0
+    session = request.session
+    for attempt in itertools.count():
+        if attempt:  # with another session, which leads to another replica: the same may not have gone yet
+            request = replace(request, session=f"{session} {attempt}")
+        moved = True
         async with aclosing(bundles(request)) as parts:
             try:
                 async for bundle in parts:
@@ -53,13 +58,11 @@ async def continued(bundles: Bundles, request: ReplyRequest) -> AsyncGenerator[U
             except ReplicaLost:
                 losses += 1
             except OtherModel:
-                elsewhere += 1
-                if elsewhere * PAUSE_S >= OTHER_MODEL_PATIENCE_S:
-                    raise GenerationFailed("the model was replaced while this reply was written") from None
-                request = replace(request, session=f"{session} {elsewhere}")  # which leads to another replica
-                await asyncio.sleep(PAUSE_S)
-                continue
+                others, moved = others + 1, False
         if losses >= MOST_LOSSES:
             raise GenerationFailed(f"{losses} replicas in a row were lost while they wrote this reply")
-        yield Waiting("moved")
+        if others * PAUSE_S >= OTHER_MODEL_PATIENCE_S:
+            raise GenerationFailed("the model was replaced while this reply was written")
+        if moved:
+            yield Waiting("moved")
         await asyncio.sleep(PAUSE_S)
