@@ -116,6 +116,28 @@ def test_a_model_is_replaced_under_load_without_a_failed_request():
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_changed")
 
 
+def test_a_replica_that_falls_silent_loses_its_reply_to_another():
+    with scripted_server(max_queued=16, min_replicas=2, max_replicas=2) as server:
+        stopped: list[int] = []
+
+        def stop() -> None:
+            replicas = httpx.get(f"{server.url}/stats", timeout=30).json()["replicas"]
+            deadline = time.monotonic() + 10
+            while not (writing := [replica["pid"] for replica in replicas if replica["running"]]):
+                assert time.monotonic() < deadline
+                replicas = httpx.get(f"{server.url}/stats", timeout=30).json()["replicas"]
+            os.kill(writing[0], signal.SIGSTOP)  # as a machine that lost its power: no connection is closed
+            stopped.extend(writing)
+
+        try:
+            text, states = read_while(server, "slow", stop)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGKILL)
+        assert text == SLOW
+        assert {"state": "moved"} in states
+
+
 def test_a_server_that_is_stopped_lets_replies_end_and_refuses_new_ones():
     with scripted_server(max_queued=16) as server:
         refused: list[httpx.Response] = []
