@@ -18,7 +18,6 @@ from typing import Any
 from nanochat_ray import cli
 from nanochat_ray.errors import UsageError, UserError
 
-COMMANDS = "/new forgets the conversation, /quit leaves; Ctrl-C stops a reply"
 Message = dict[str, Any]
 # Pieces of a reply: ("text", words), or ("python", expression) followed by ("python_output", result).
 Answer = Callable[[list[Message]], Iterator[tuple[str, str]]]
@@ -74,7 +73,7 @@ def _converse(answer: Answer) -> int:
             messages = []
             print("(a new conversation)")
         elif question.startswith("/"):
-            print(COMMANDS)
+            print("/new forgets the conversation, /quit leaves; Ctrl-C stops a reply")
         elif question:
             asked = [*messages, {"role": "user", "content": question}]
             try:
@@ -142,14 +141,9 @@ def _server(url: str, params: Any) -> Answer:
 
 
 def _tell(state: dict[str, Any]) -> None:
-    """On a terminal, why nothing comes; a reply that is written into a file stays as it is."""
-    words = {
-        "reconnecting": "the connection is lost; trying again",
-        "starting": "a replica is being started",
-        "moved": "its replica is gone; another one goes on",
-    }
-    if sys.stderr.isatty() and state["state"] in words:
-        print(f"({words[state['state']]})", file=sys.stderr, flush=True)
+    """On a terminal, why nothing comes: starting, queued, moved, reconnecting. A reply in a file stays as it is."""
+    if sys.stderr.isatty() and state["state"] != "writing":
+        print(f"({state['state']})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

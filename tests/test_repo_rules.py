@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ("errors",),
     ("cli", "storage"),
-    ("plan", "device", "cluster"),
+    ("plan", "device", "precedence", "cluster"),
     ("data",),
     ("tokenizer", "chat", "reference_encodings", "tokenizer_samples"),
     ("tasks",),

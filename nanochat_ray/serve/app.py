@@ -13,12 +13,12 @@ import logging
 import os
 import signal
 import socket
-import threading
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import ray
 from fastapi import FastAPI
@@ -29,6 +29,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
 
 from kernels.cpu_step_build import find_compiler
 from nanochat_ray.cli import warn
@@ -50,6 +51,7 @@ HOST = "127.0.0.1"
 MAX_RUNNING = 32  # replies that a replica writes at the same time
 MAX_WAITING = 8  # replies that wait at a replica, so that its batch is full again at once when one ends
 MAX_QUEUED = 64  # replies that wait for a replica; whoever comes then is refused
+TELL_EVERY_S = 2.0
 DRAIN_S = 10.0  # that replies get to their end when the server is stopped
 MAX_OPEN = 2048  # requests at the ingress, most of them waiting for tokens
 AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -251,7 +253,7 @@ def serve_app_until_interrupted(
                 raise UserError(f"the model could not be served: {_why_not_started() or error}") from error
             on_ready(f"http://{host}:{port}")
             with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+                _tell_changes()
             with suppress(KeyboardInterrupt):  # the second time means now
                 _drain()
         finally:
@@ -259,6 +261,24 @@ def serve_app_until_interrupted(
                 signal.signal(number, signal.SIG_IGN)
             if not cluster.own:  # else everything ends with the cluster, and nobody waits for replies that go on
                 serve.shutdown()
+
+
+def _tell_changes() -> NoReturn:
+    """Print how many replicas and ingresses there are, each time that changes: who started the server sees losses."""
+    told = None
+    while True:
+        with suppress(RayError, RayServeException, KeyError):  # the controller is being started again
+            deployments = serve.status().applications[APP_NAME].deployments
+            states = {name: deployment.replica_states for name, deployment in deployments.items()}
+            if told not in (None, states):
+                print("; ".join(map(_in_words, states, states.values())), file=sys.stderr, flush=True)
+            told = states
+        time.sleep(TELL_EVERY_S)
+
+
+def _in_words(deployment: str, states: dict[ReplicaState, int]) -> str:
+    counts = (f"{number} {ReplicaState(state).value.lower()}" for state, number in states.items())
+    return f"{deployment}: {', '.join(counts) or 'none'}"
 
 
 def _drain() -> None:
