@@ -282,8 +282,8 @@ def _in_words(deployment: str, states: dict[ReplicaState, int]) -> str:
 
 
 def _drain() -> None:
-    drained = serve.get_app_handle(APP_NAME).drain.remote(DRAIN_S)
     with suppress(TimeoutError, RayError, RayServeException):  # no ingress, no replies
+        drained = serve.get_app_handle(APP_NAME).drain.remote(DRAIN_S)
         drained.result(timeout_s=DRAIN_S + 1)
 
 
