@@ -22,7 +22,7 @@ usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//p}' "$0"; }
 command -v ray > /dev/null || fail "there is no ray here; run 'make install' first"
 export RAY_AUTH_MODE=token  # else `ray start` protects the cluster only if it happens to find a token
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
-# As nanochat_ray/serve/app.py sets them where jobs.serve starts the cluster: a streamed chunk costs half as much.
+# As nanochat_ray/serve/app.py sets them where jobs.serve starts the cluster: streamed chunks cost less CPU.
 export RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
 
 free_ports() {  # of one moment, so that no two are the same

@@ -3,19 +3,31 @@
 A step of the model is shared among threads, and all of them wait for the one that is interrupted: a millisecond of
 somebody else's work on one core is a millisecond lost on all. So everything around the model is scheduled as
 SCHED_BATCH (sched(7)): it runs at once where a core is free, and else waits for the end of a time slice.
+
+Who runs us under another policy (chrt) wants that one, so it is left alone; where a sandbox forbids to change it, all
+stays as it is and is only slower.
 """
 
 import os
 import sys
+from contextlib import suppress
 
 
 def give_way() -> None:
     """The calling thread, and every thread and process that it starts from now on, interrupts nobody."""
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        _change(os.SCHED_OTHER, os.SCHED_BATCH)
 
 
 def take_precedence() -> None:
-    """The opposite, the system's default."""
+    """Undo `give_way` for the calling thread, and for what it starts from now on."""
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        _change(os.SCHED_BATCH, os.SCHED_OTHER)
+
+
+if sys.platform == "linux":
+
+    def _change(before: int, after: int) -> None:
+        with suppress(OSError):
+            if os.sched_getscheduler(0) == before:
+                os.sched_setscheduler(0, after, os.sched_param(0))

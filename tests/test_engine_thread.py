@@ -14,7 +14,7 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.engine.worker import Ended, EngineThread, Full
 from nanochat_ray.errors import UserError
-from nanochat_ray.precedence import give_way
+from nanochat_ray.precedence import give_way, take_precedence
 from tests.exact_model import TOKENIZER, ExactModel, slow_reply
 from tests.fakes import CRASH, ScriptedModel, script
 
@@ -365,3 +365,19 @@ def test_the_model_is_not_interrupted_by_a_process_around_it_that_gives_way(star
     server.join()
     assert around == [os.SCHED_BATCH]
     assert model.policies == {os.SCHED_OTHER}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets threads give way")
+def test_a_policy_that_the_user_chose_is_left_alone():
+    policies = []
+
+    def under_chrt():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        for change in (give_way, take_precedence):
+            change()
+            policies.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=under_chrt)
+    thread.start()
+    thread.join()
+    assert policies == [os.SCHED_IDLE] * 2
