@@ -24,8 +24,9 @@ LAYERS = [
     ("model",),
     ("eval.bpb",),  # the trainer watches it
     ("train",),
-    ("eval",),
     ("engine",),
+    ("eval",),  # answers that are written are the engine's
+    ("exchange",),
     ("serve",),
     ("bench",),
     ("report",),
