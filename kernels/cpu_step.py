@@ -26,7 +26,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.model.attention import RotaryTables
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch, window_groups
-from nanochat_ray.plan.shape import ModelShape, round_up
+from nanochat_ray.plan.shape import SMEAR_GATE_CHANNELS, ModelShape, round_up
 
 LANES = 16  # columns of a panel of packed weights
 CHANNEL_MULTIPLE = 32
@@ -51,7 +51,7 @@ class _LayerWeights(Structure):
 class _Weights(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("layers", "embedding", "head", "cosines", "sines", "smear_gate")),
-        *((name, c_float) for name in ("smear_lambda", "backout_lambda")),
+        *((name, c_float) for name in ("smear_lambda", "backout_lambda", "query_key_scale")),
     ]
 
 
@@ -218,11 +218,12 @@ class CpuStep:
                     if gate is None
                     else self._keep(cast(nn.Embedding, model.value_embeds[name]).weight, self._dtype),
                     None if gate is None else self._keep(gate.weight, torch.float32),
-                    model.resid_lambdas[layer].item(),
-                    model.x0_lambdas[layer].item(),
+                    *(_number(model.resid_lambdas, 1.0, layer), _number(model.x0_lambdas, 0.0, layer)),
                     *(of_group.window, group, place),
                 )
-        cosines, sines = RotaryTables(config.head_size)(self.context, torch.device("cpu"), torch.float32)
+        tables = RotaryTables(config.head_size, config.rotary_base)
+        cosines, sines = tables(self.context, torch.device("cpu"), torch.float32)
+        no_gate = torch.zeros(SMEAR_GATE_CHANNELS)
         self._kept.append(layers)
         return _Weights(
             ctypes.addressof(layers),
@@ -230,9 +231,8 @@ class CpuStep:
             packed["head"],
             self._keep(cosines, torch.float32),
             self._keep(sines, torch.float32),
-            self._keep(model.smear_gate.weight, torch.float32),
-            model.smear_lambda.item(),
-            model.backout_lambda.item(),
+            self._keep(no_gate if model.smear_gate is None else model.smear_gate.weight, torch.float32),
+            *(_number(model.smear_lambda, 0.0), _number(model.backout_lambda, 0.0), config.query_key_scale),
         )
 
     def _keep(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
@@ -258,6 +258,11 @@ class CpuStep:
             addresses[name] = _address(memory) + offset
             offset += size
         return addresses
+
+
+def _number(scalars: torch.Tensor | None, neutral: float, index: int = 0) -> float:
+    """A learned scalar, or, of an extra that the model does not have, the one with which it changes no bit."""
+    return neutral if scalars is None else scalars[index].item()
 
 
 def _holds_blocks(table_SJ: np.ndarray, first_S: np.ndarray, last_S: np.ndarray, blocks: int) -> bool:

@@ -19,7 +19,7 @@ using simd::Lanes;
 using simd::LANES;
 
 constexpr int SMEAR_CHANNELS = 24, GATE_CHANNELS = 12;
-constexpr float EPSILON = 1.1920929e-7f, QUERY_KEY_SCALE = 1.2f, GATE_RANGE = 3.0f, SOFTCAP = 15.0f;
+constexpr float EPSILON = 1.1920929e-7f, GATE_RANGE = 3.0f, SOFTCAP = 15.0f;
 constexpr int TILE_TOKENS = 16;       // of one sequence, in a piece of attention
 constexpr int TOKENS_PER_PIECE = 8;   // in phases that work token by token, if there are many
 constexpr int ROW_PADDING = 16;       // words; rows a power of two apart would share few sets of the cache
@@ -361,7 +361,7 @@ class StepOf final : public Step {
             simd::store(head + i, simd::multiply_add(a, cosine, b * sine));
             simd::store(head + half + i, b * cosine - a * sine);
         }
-        const Lanes scale = simd::broadcast(QUERY_KEY_SCALE * inverse_rms(head, s_.head_size));
+        const Lanes scale = simd::broadcast(w_.query_key_scale * inverse_rms(head, s_.head_size));
         for (int i = 0; i < s_.head_size; i += LANES) simd::store(head + i, simd::load<Lanes>(head + i) * scale);
     }
 

@@ -24,7 +24,7 @@ struct Weights {
     const uint32_t* head;
     const float *cosines, *sines;  // (context, head_size / 2)
     const float* smear_gate;       // (24)
-    float smear_lambda, backout_lambda;
+    float smear_lambda, backout_lambda, query_key_scale;
 };
 
 // Blocks of a group: [layers of the group][blocks][kv_heads][keys, values][16 · head_size].

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-ROTARY_BASE = 100_000.0
+from nanochat_ray.plan.shape import STANDARD_ROTARY_BASE
 
 
 class RotaryTables:
@@ -17,8 +17,9 @@ class RotaryTables:
     Angle of position t and channel pair c: t · base^(−2c/K) (arXiv:2104.09864).
     """
 
-    def __init__(self, head_size: int):
+    def __init__(self, head_size: int, base: float = STANDARD_ROTARY_BASE):
         self._head_size = head_size
+        self._base = base
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +43,7 @@ class RotaryTables:
         self, length: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         channels = torch.arange(0, self._head_size, 2, dtype=torch.float32, device=device)
-        frequencies = ROTARY_BASE ** (-channels / self._head_size)
+        frequencies = self._base ** (-channels / self._head_size)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

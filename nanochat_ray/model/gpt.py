@@ -1,10 +1,11 @@
-"""The network: a decoder-only transformer whose numbers follow the public nanochat of July 2026.
+"""The network: a decoder-only transformer whose numbers follow the public nanochat of July 2026, or of October 2025.
 
     model = GPT(GPTConfig.from_shape(plan.model)); model.init_weights(seed); model.set_dtype(torch.bfloat16)
     model(ids_BT) → logits_BTV      model(ids_BT, targets_BT) → loss
     cache = model.new_cache(rows, max_len); model.extend(ids_BT, cache) → logits_BV of the last position
 
-Weights are kept in fp32; each is cast to the activations' dtype where it is used.
+Weights are kept in fp32; each is cast to the activations' dtype where it is used. What a shape switches off has no
+parameters: the older generation is the newer one without its extras.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,6 @@ from nanochat_ray.model.cache import Cache
 from nanochat_ray.model.loss import linear_cross_entropy, softcap
 from nanochat_ray.plan.shape import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelShape
 
-QUERY_KEY_SCALE = 1.2  # on queries and on keys after their norm: sharper attention
 VALUE_GATE_RANGE = 3.0
 BACKOUT_INIT = 0.2
 
@@ -65,6 +65,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.window = config.windows[layer]
         self.head_size = config.head_size
+        self.query_key_scale = config.query_key_scale
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_width)
         self.c_v = Linear(config.n_embd, config.kv_width)
@@ -86,8 +87,8 @@ class Attention(nn.Module):
         if value_BTE is not None and self.ve_gate is not None:
             gate_BTG = VALUE_GATE_RANGE * torch.sigmoid(self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS]))
             v_BTGK = v_BTGK + gate_BTG.unsqueeze(-1) * value_BTE.unflatten(-1, heads)
-        q_BTHK = QUERY_KEY_SCALE * norm(rotate(q_BTHK, *rotary))
-        k_BTGK = QUERY_KEY_SCALE * norm(rotate(k_BTGK, *rotary))
+        q_BTHK = self.query_key_scale * norm(rotate(q_BTHK, *rotary))
+        k_BTGK = self.query_key_scale * norm(rotate(k_BTGK, *rotary))
         return self.c_proj(attend(self.layer, q_BTHK, k_BTGK, v_BTGK, self.window).flatten(2))
 
 
@@ -137,15 +138,15 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(width, vocab)
-        self.resid_lambdas = nn.Parameter(torch.empty(layers))
-        self.x0_lambdas = nn.Parameter(torch.empty(layers))
-        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
-        self.smear_lambda = nn.Parameter(torch.empty(1))
-        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.resid_lambdas = nn.Parameter(torch.empty(layers)) if config.layer_scalars else None
+        self.x0_lambdas = nn.Parameter(torch.empty(layers)) if config.layer_scalars else None
+        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1) if config.smear else None
+        self.smear_lambda = nn.Parameter(torch.empty(1)) if config.smear else None
+        self.backout_lambda = nn.Parameter(torch.empty(1)) if config.backout else None
         self.value_embeds = nn.ModuleDict(
             {str(layer): nn.Embedding(vocab, config.kv_width) for layer in config.value_embedding_layers}
         )
-        self.rotary = RotaryTables(config.head_size)
+        self.rotary = RotaryTables(config.head_size, config.rotary_base)
 
     @property
     def blocks(self) -> list[Block]:
@@ -191,11 +192,14 @@ class GPT(nn.Module):
                 uniform(block.attn.ve_gate.weight, 0.0, 0.02)
         for embedding in self.value_embeds.values():
             uniform(cast(nn.Embedding, embedding).weight, -bound, bound)
-        uniform(self.smear_gate.weight, 0.0, 0.02)
-        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
-        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, self.config.n_layer))
-        self.smear_lambda.zero_()
-        self.backout_lambda.fill_(BACKOUT_INIT)
+        if self.smear_gate is not None and self.smear_lambda is not None:
+            uniform(self.smear_gate.weight, 0.0, 0.02)
+            self.smear_lambda.zero_()
+        if self.resid_lambdas is not None and self.x0_lambdas is not None:
+            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
+            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, self.config.n_layer))
+        if self.backout_lambda is not None:
+            self.backout_lambda.fill_(BACKOUT_INIT)
 
     def forward(
         self, ids_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, reduction: str = "mean"
@@ -276,6 +280,8 @@ class GPT(nn.Module):
 
     def _smear(self, x_BTD: torch.Tensor, previous_BTD: torch.Tensor) -> torch.Tensor:
         """Add a gated part of the previous embedding, which is zero at the first position."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x_BTD
         gate_BT1 = torch.sigmoid(self.smear_gate(x_BTD[..., :SMEAR_GATE_CHANNELS]))
         return x_BTD + self.smear_lambda.to(x_BTD.dtype) * gate_BT1 * previous_BTD
 
@@ -291,11 +297,14 @@ class GPT(nn.Module):
             value_BTE = None
             if str(layer) in self.value_embeds:
                 value_BTE = self.value_embeds[str(layer)](ids_BT).to(self.dtype)
-            x_BTD = self.resid_lambdas[layer] * x_BTD + self.x0_lambdas[layer] * x0_BTD
+            if self.resid_lambdas is not None and self.x0_lambdas is not None:
+                x_BTD = self.resid_lambdas[layer] * x_BTD + self.x0_lambdas[layer] * x0_BTD
             x_BTD = block(x_BTD, value_BTE, rotary, attend)
             if layer == self.config.n_layer // 2:
                 middle_BTD = x_BTD
-        return norm(x_BTD - self.backout_lambda.to(x_BTD.dtype) * middle_BTD)
+        if self.backout_lambda is not None:
+            x_BTD = x_BTD - self.backout_lambda.to(x_BTD.dtype) * middle_BTD
+        return norm(x_BTD)
 
     @torch.inference_mode()
     def generate(

@@ -46,12 +46,22 @@ def _model_rows(plan: Plan) -> list[Row]:
 def _parameter_rows(plan: Plan) -> list[Row]:
     counts, model = plan.parameters, plan.model
     layers = len(model.value_embedding_layers)
+    extras = {
+        "residual and x0 scalars of every layer": model.layer_scalars,
+        "smear": model.smear,
+        "backout": model.backout,
+    }
+    scalars = ", ".join(name for name, present in extras.items() if present)
     return [
         ("matrices", f"{counts.matrices:,}", "attention and MLP of every layer, gates of value embeddings"),
         ("unembedding", f"{counts.unembedding:,}", f"vocabulary padded to {model.padded_vocab_size:,} · width"),
         ("embedding", f"{counts.embedding:,}", "the same"),
-        ("value embeddings", f"{counts.value_embeddings:,}", f"in {layers} layers: every other one, the last always"),
-        ("scalars", f"{counts.scalars:,}", "residual and x0 scalars of every layer, smear, backout"),
+        (
+            "value embeddings",
+            f"{counts.value_embeddings:,}",
+            f"in {layers} layers: every other one, the last always" if layers else "this model has none",
+        ),
+        ("scalars", f"{counts.scalars:,}", scalars or "this model has none"),
         ("parameters", f"{counts.total:,}", "sum of the five"),
         ("scaling parameters P", f"{counts.scaling:,}", "matrices + unembedding"),
         ("FLOPs per token", f"{plan.flops_per_token:.4g}", "6 · P + Σ over layers 12 · width · window"),

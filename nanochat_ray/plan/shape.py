@@ -18,6 +18,18 @@ VOCAB_MULTIPLE = 64  # embedding and unembedding rows are padded to this, for al
 WINDOW_MULTIPLE = 128  # short attention windows are rounded up to this, the tile of GPU attention kernels
 VALUE_GATE_CHANNELS = 12  # the per-head gate of a value embedding reads this many channels
 SMEAR_GATE_CHANNELS = 24  # the gate that mixes in the previous embedding reads this many channels
+STANDARD_ROTARY_BASE = 100_000.0
+STANDARD_QUERY_KEY_SCALE = 1.2
+# What sets the public nanochat of October 2025 apart: fields of a `ModelShape`, whose defaults are those of July 2026.
+OCTOBER_2025: dict[str, Any] = {
+    "window_pattern": "L",
+    "rotary_base": 10_000.0,
+    "query_key_scale": 1.0,
+    "layer_scalars": False,
+    "smear": False,
+    "backout": False,
+    "value_embeddings": False,
+}
 LOGITS_CHUNK_BYTES = 2**26  # of logits that exist at once: at a vocabulary of 32768, 512 tokens in fp32, 1024 in bf16
 
 
@@ -51,7 +63,17 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the network is built from; `GPTConfig` has the same fields."""
+    """What the network is built from; `GPTConfig` has the same fields.
+
+    Attributes:
+        window_pattern: letters S and L, tiled over the layers; see `windows`.
+        rotary_base: of the rotary positions' angles.
+        query_key_scale: factor on queries and on keys after their norm; above 1, attention is sharper.
+        layer_scalars: before each layer the residual becomes a learned mixture of itself and the embedding.
+        smear: a learned, gated part of the previous token's embedding is added to each embedding.
+        backout: a learned part of the residual after the middle layer is subtracted at the end.
+        value_embeddings: every other layer adds an embedding of the token to its values.
+    """
 
     sequence_len: int
     vocab_size: int
@@ -60,6 +82,12 @@ class ModelShape:
     n_kv_head: int
     n_embd: int
     window_pattern: str
+    rotary_base: float = STANDARD_ROTARY_BASE
+    query_key_scale: float = STANDARD_QUERY_KEY_SCALE
+    layer_scalars: bool = True
+    smear: bool = True
+    backout: bool = True
+    value_embeddings: bool = True
 
     @property
     def head_size(self) -> int:
@@ -75,7 +103,9 @@ class ModelShape:
 
     @property
     def value_embedding_layers(self) -> tuple[int, ...]:
-        """Every other layer, counted so that the last one always has a value embedding."""
+        """Every other layer, counted so that the last one always has a value embedding; none where they are off."""
+        if not self.value_embeddings:
+            return ()
         return tuple(layer for layer in range(self.n_layer) if layer % 2 == (self.n_layer - 1) % 2)
 
     @property
@@ -96,7 +126,7 @@ class ModelShape:
             value_embeddings=value_layers * vocab * kv_width,
             unembedding=vocab * width,
             matrices=self.n_layer * (attention + mlp) + value_layers * VALUE_GATE_CHANNELS * self.n_kv_head,
-            scalars=2 * self.n_layer + SMEAR_GATE_CHANNELS + 2,
+            scalars=self.layer_scalars * 2 * self.n_layer + self.smear * (SMEAR_GATE_CHANNELS + 1) + self.backout,
         )
 
     def flops_per_token(self) -> int:
