@@ -7,9 +7,11 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.plan import duration
 from nanochat_ray.report import sections
 from nanochat_ray.report.document import Document, KeyFigures, Section
+from nanochat_ray.report.evaluation import key_figure, read_history, score_section
 from nanochat_ray.report.goodput import NO_PRICES, Prices, money
 from nanochat_ray.report.html import to_html
 from nanochat_ray.report.markdown import to_markdown
+from nanochat_ray.report.samples import samples_section
 from nanochat_ray.report.training import Training, plan_section, read_training, training_section
 from nanochat_ray.storage import Folder
 
@@ -19,8 +21,8 @@ MARKDOWN, HTML = "report.md", "report.html"
 def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
     """Write the report card of a run and return its main figures; with prices, also in money.
 
-    Reads, where they exist: tokenizer/{tokenizer,eval}.json, {base,sft}/{plan.json,events.jsonl}, base/base_eval.json,
-    sft/chat_eval.json, report/stages.json. What is absent is listed in the report as not run.
+    Reads, where they exist: tokenizer/{tokenizer,eval}.json, {base,sft}/{plan.json,events.jsonl,evaluations.jsonl},
+    base/base_eval.json, sft/chat_eval.json, report/stages.json. What is absent is listed in the report as not run.
 
     Raises:
         UserError: there is no such run, or one of its artifacts is damaged; names the file.
@@ -32,6 +34,8 @@ def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
     tokenizer, tokenizer_eval = read("tokenizer/tokenizer.json"), read("tokenizer/eval.json")
     base, sft = read_training(run / "base"), read_training(run / "sft")
     base_eval, chat_eval, stages = read("base/base_eval.json"), read("sft/chat_eval.json"), read("report/stages.json")
+
+    core, chat_core = (base_eval or {}).get("core"), (chat_eval or {}).get("chat_core")
 
     present = {
         "tokenizer": tokenizer,
@@ -45,12 +49,17 @@ def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
     figures = _main_figures(base, base_eval, sft, chat_eval, stages)
     if base and (costs := money(base.ledger, prices)):
         figures["money"] = costs
+    scores = [key_figure(score) for score in (core, chat_core) if score]
     found: list[Section | None] = [
-        Section("Summary", (KeyFigures(tuple(_key_figures(base, figures))),)) if figures else None,
+        Section("Summary", (KeyFigures((*_key_figures(base, figures), *scores)),)) if figures else None,
         sections.missing_section(missing),
         training_section("Pretraining", base, prices) if base else None,
+        samples_section("Samples during pretraining", base) if base else None,
+        score_section(core, read_history(run / "base", "CORE")),
         sections.base_samples_section(base_eval),
         training_section("Finetuning", sft, prices) if sft else None,
+        samples_section("Samples during finetuning", sft) if sft else None,
+        score_section(chat_core, read_history(run / "sft", "ChatCORE")),
         sections.chat_section(chat_eval),
         sections.bpb_section(base, base_eval, sft),
         sections.tokenizer_section(tokenizer, tokenizer_eval),
@@ -94,17 +103,20 @@ def _main_figures(
             figures["goodput"] = base.ledger.goodput
         if base.plan:
             figures["parameters"] = base.plan.parameters.total
-    if base_eval:
+    if (base_eval or {}).get("val_bpb") is not None:
         figures["val_bpb"] = base_eval["val_bpb"]
     elif base and base.evals:
         figures["val_bpb"] = base.evals[-1]["val_bpb"]
     if sft:
         figures["sft_loss"] = sft.end_loss
     scores = [
-        task["accuracy"] for task in (chat_eval or {"tasks": {}})["tasks"].values() if task.get("accuracy") is not None
+        task["accuracy"] for task in (chat_eval or {}).get("tasks", {}).values() if task.get("accuracy") is not None
     ]
     if scores:
         figures["chat_accuracy"] = sum(scores) / len(scores)
+    for name, score in (("core", (base_eval or {}).get("core")), ("chat_core", (chat_eval or {}).get("chat_core"))):
+        if score:
+            figures[name] = score["mean"]["value"]
     if stages:
         figures["seconds"] = sum(entry["seconds"] for entry in stages)
     return figures

@@ -19,11 +19,12 @@ class KeyFigures:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; `right` are the indices of columns that hold numbers."""
+    """Cells as text; `right` are the indices of columns that hold numbers; `total`: the last row sums up the others."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: tuple[int, ...] = ()
+    total: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tab
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: 0.28rem 1.6rem 0.28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:first-child { white-space: nowrap; }
+.total tr:last-child td { font-weight: 600; border-top: 1px solid var(--soft); }
 .right { text-align: right; white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.2rem; margin: 1.2rem 0; }
 figure { margin: 0; }
@@ -93,7 +94,8 @@ def _table(table: Table) -> str:
         return f"<tr>{''.join(f'<{tag}{s}>{escape(c)}</{tag}>' for s, c in zip(side, cells, strict=True))}</tr>"
 
     head, rows = line("th", table.columns), "".join(line("td", row) for row in table.rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    kind = ' class="total"' if table.total else ""
+    return f'<div class="wide"><table><thead>{head}</thead><tbody{kind}>{rows}</tbody></table></div>'
 
 
 def _plot(title: str, svg: bytes, words: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +14,8 @@ MAX_POINTS = 600  # more cannot be told apart, and would only make the file larg
 MAX_COLUMNS = 240  # of a timeline: each is as wide as three points of print
 SMOOTHING_SHARE = 50  # a moving average reaches this part of the curve to each side
 
-_INK, _FAINT, _ACCENT = "#3c434d", "#c3cad3", "#2457a6"
+_INK, _FAINT, _ACCENT, _WASH = "#3c434d", "#c3cad3", "#2457a6", "#b7cae6"
+_BESIDE = ("#e2b93b", "#e08a3c", "#cf5c4e", "#7f2222")  # the shades of references, again from the first after the last
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, sharp, selectable
     "svg.hashsalt": "nanochat_ray",
@@ -91,6 +93,63 @@ def timeline(stretches: Sequence[tuple[float, int, str]], shades: Mapping[str, s
         axes.margins(x=0)
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False)
+        return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A named figure and the ends of its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def bars(found: Sequence[Bar], references: Mapping[str, Mapping[str, float]], x_label: str) -> bytes:
+    """Horizontal bars from 0, the first on top, with their intervals as whiskers; as SVG.
+
+    Args:
+        found: at least one.
+        references: by the name in the legend, a tick for each bar that the reference has a figure for.
+    """
+    places = {bar.name: place for place, bar in enumerate(found)}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 1.0 + 0.23 * len(found) + (0.2 if references else 0)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(list(places.values()), [bar.value for bar in found], height=0.62, color=_WASH)
+        axes.hlines(
+            list(places.values()), [bar.low for bar in found], [bar.high for bar in found], _ACCENT, linewidth=1.4
+        )
+        for end in ([bar.low for bar in found], [bar.high for bar in found]):
+            axes.plot(end, list(places.values()), "|", color=_ACCENT, markersize=5, markeredgewidth=1.4)
+        for number, (name, values) in enumerate(references.items()):
+            at = [places[task] for task in values]
+            shade = _BESIDE[number % len(_BESIDE)]
+            axes.plot(list(values.values()), at, "|", color=shade, markersize=11, markeredgewidth=2.4, label=name)
+        axes.axvline(0, color=_INK, linewidth=0.9)
+        axes.set_yticks(list(places.values()), list(places))
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.02)
+        axes.set_xlabel(x_label)
+        if references:
+            figure.legend(loc="outside upper right", ncols=min(len(references), 4), frameon=False)
+        return _svg(figure)
+
+
+def band(x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], y_label: str) -> bytes:
+    """A line over steps within the band of its intervals, as SVG. All of equal length, at least 1."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.fill_between(x, low, high, color=_WASH, alpha=0.55, linewidth=0)
+        axes.plot(x, y, color=_ACCENT, linewidth=1.6, marker="o", markersize=3.5)
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.margins(x=0.02)
         return _svg(figure)
 
 

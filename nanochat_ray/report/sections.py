@@ -58,8 +58,8 @@ def bpb_section(base: Training | None, base_eval: Json | None, sft: Training | N
         ]
         if stage == "base" and base_eval:
             step = f"base, evaluated at step {base_eval['step']:,}"
-            rows.append((step, "corpus, training", f"{base_eval['train_bpb']:.4f}"))
-            rows.append((step, "corpus, validation", f"{base_eval['val_bpb']:.4f}"))
+            splits = (("train_bpb", "corpus, training"), ("val_bpb", "corpus, validation"))
+            rows += [(step, words, f"{base_eval[key]:.4f}") for key, words in splits if base_eval.get(key) is not None]
     if not rows:
         return None
     return Section("Bits per byte", (Table(("stage", "text", "bits per byte"), tuple(rows), right=(2,)),))
@@ -78,7 +78,7 @@ def base_samples_section(base_eval: Json | None) -> Section | None:
 
 def chat_section(evaluation: Json | None) -> Section | None:
     """Scores per kind of question, then answers as they came."""
-    if not evaluation:
+    if not evaluation or not evaluation.get("tasks"):
         return None
     columns = ("held-out questions", "right", "asked", "tool calls")
     rows = tuple(
