@@ -19,7 +19,7 @@ DEFAULT_STORAGE = "out"
 
 TRAINING_FLAGS = (
     "run", "storage", "workers", "steps", "seed", "address", "dtype", "compile", "eval-every", "eval-tokens",
-    "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
+    "sample-tokens", "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
 )  # fmt: skip
 
 
@@ -79,6 +79,9 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     ),
     "eval-every": dict(type=_at_least(1), default=None, help="steps between evaluations (default: four per run)"),
     "eval-tokens": dict(type=_at_least(1), default=None, help="tokens of one evaluation (default: 2 %% of training)"),
+    "sample-tokens": dict(
+        type=_at_least(0), default=24, help="length of the samples written at each evaluation, 0 for none"
+    ),
     "checkpoint-every": dict(
         type=_seconds,
         default=None,

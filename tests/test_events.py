@@ -36,13 +36,14 @@ def write_steps(stage, resume_step, steps):
     for step in steps:
         log.append("step", **step_event(step))
     log.append("eval", step=steps[-1] + 1, val_bpb=1.75)
+    log.append("samples", step=steps[-1] + 1, samples=[{"prompt": "Once", "text": " upon"}], seconds=0.1)
     log.close()
 
 
 def test_appended_events_are_read_back_in_order(stage):
     write_steps(stage, 0, [0, 1, 2])
     events = read_events(stage)
-    assert [event["kind"] for event in events] == ["start", "step", "step", "step", "eval"]
+    assert [event["kind"] for event in events] == ["start", "step", "step", "step", "eval", "samples"]
     assert events[1]["loss"] == 3.25
     assert all("time" in event for event in events)
 
@@ -53,6 +54,7 @@ def test_steps_that_will_be_done_again_are_dropped_on_resume(stage):
     events = read_events(stage)
     assert [event["step"] for event in events if event["kind"] == "step"] == [0, 1, 2, 3, 4, 5]
     assert [event["step"] for event in events if event["kind"] == "eval"] == [6]
+    assert [event["step"] for event in events if event["kind"] == "samples"] == [6]
     assert sum(event["kind"] == "start" for event in events) == 2
 
 
@@ -64,7 +66,7 @@ def test_steps_that_will_be_done_again_leave_one_event_that_sums_them_up_in_each
     assert lost["worker_seconds"] == pytest.approx(2 * (lost["time"] - lost["began"]), abs=0.01)
     write_steps(stage, 1, [1])  # the newer checkpoints were damaged
     events = read_events(stage)
-    kinds = ["start", "step", "lost", "lost", "start", "lost", "start", "step", "eval"]
+    kinds = ["start", "step", "lost", "lost", "start", "lost", "start", "step", "eval", "samples"]
     assert [event["kind"] for event in events] == kinds
     assert [(event["step"], event["steps"]) for event in events if event["kind"] == "lost"] == [(1, 2), (3, 2), (3, 3)]
 
@@ -98,7 +100,7 @@ def test_steps_carry_the_goodput_so_far_and_the_end_says_where_the_time_went(sta
 def test_a_line_that_a_killed_writer_left_unfinished_is_no_event(stage):
     write_steps(stage, 0, [0, 1])
     stage.write("events.jsonl", stage.read("events.jsonl") + b'{"kind": "step", "st')
-    assert len(read_events(stage)) == 4
+    assert len(read_events(stage)) == 5
     write_steps(stage, 2, [2])
     assert all(json.loads(line) for line in stage.read("events.jsonl").splitlines())
 
@@ -131,6 +133,20 @@ def test_the_line_says_where_the_run_stands(capsys):
     assert "goodput -" in shown
     line.show({"kind": "step", **step_event(149, goodput=0.934)})
     assert "goodput 93%" in capsys.readouterr().out
+
+
+def test_at_each_evaluation_one_sample_is_shown_on_one_line_whatever_the_model_says(capsys):
+    line = ProgressLine(total_steps=150, terminal=False)
+    samples = [
+        {"prompt": "Once", "text": " upon\n\n a \x1b[31mtime " + "and " * 50},
+        {"prompt": "Not", "text": "shown"},
+    ]
+    line.show({"kind": "samples", "step": 38, "samples": samples})
+    line.show({"kind": "samples", "step": 50, "samples": []})
+    (shown,) = capsys.readouterr().out.splitlines()
+    assert shown.startswith("step  38/150 | Once → upon a �[31mtime and and")
+    assert shown.endswith(" …")
+    assert len(shown) < 120
 
 
 def test_on_a_terminal_the_line_is_redrawn_in_place(capsys):

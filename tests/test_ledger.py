@@ -36,18 +36,19 @@ def test_a_calm_run_is_start_up_steps_data_wait_evaluation_and_stalls():
             {"kind": "checkpoint", "time": 124.5, "step": 1, "stall_s": 1.0, "seconds": 9.0},
             step(127.0, 2, seconds=3.0),
             {"kind": "eval", "time": 129.0, "step": 3, "seconds": 1.5},
-            {"kind": "finish", "time": 130.0, "step": 3},
+            {"kind": "samples", "time": 129.25, "step": 3, "samples": [], "seconds": 0.25},
+            {"kind": "finish", "time": 130.25, "step": 3},
         ]
     )
     assert {label: seconds / 2 for label, seconds in ledger.totals().items() if seconds} == {
         "restart": 10 + 1 + 5,
-        "evaluation": 2 + 1.5,
+        "evaluation": 2 + 1.5 + 0.25,
         "useful": 2 + 2.5 + 3,
         "data_wait": 0.5,
         "checkpoint_stall": 1 + 1,
         "other": 0.5,
     }
-    assert ledger.goodput == pytest.approx(7.5 / 30)
+    assert ledger.goodput == pytest.approx(7.5 / 30.25)
     assert (ledger.steps_lost, ledger.restarts, ledger.recoveries) == (0, 0, [])
 
 

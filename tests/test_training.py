@@ -24,6 +24,7 @@ from nanochat_ray.train.checkpoint import Checkpoints
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease
+from nanochat_ray.train.samples import OPENINGS
 from nanochat_ray.train.watchdog import STACKS, Patience
 from tests.small_corpus import write_corpus
 from tests.stream_fakes import HangingRows
@@ -102,6 +103,14 @@ def test_the_model_learns_and_the_events_say_so(calm):
     assert bpb[-1] < bpb[0]
 
 
+def test_samples_are_written_at_each_evaluation(calm):
+    events = read_events(calm / "base")
+    samples = [event for event in events if event["kind"] == "samples"]
+    assert [event["step"] for event in samples] == [event["step"] for event in events if event["kind"] == "eval"]
+    assert all({sample["prompt"] for sample in event["samples"]} == set(OPENINGS) for event in samples)
+    assert samples[0]["samples"] != samples[-1]["samples"]
+
+
 def test_the_stream_of_the_trainer_is_the_sequence_of_rows(calm, workplace):
     """Through Ray Data, Ray Train and an optimizer the hashes are those of a plain loop over the corpus."""
     state = Checkpoints.of(calm / "base").state(STEPS)
@@ -121,10 +130,11 @@ def test_any_step_can_be_looked_at(calm, workplace, capsys):
     assert cli.run(data.main, data.build_parser(), [*flags, "--show-step", "30"]) == 2
 
 
-def test_two_workers_draw_the_same_loss_curve(workplace, calm):
+def test_two_workers_draw_the_same_loss_curve_and_without_samples(workplace, calm):
     folder = new_run(workplace, "two")
-    assert pretrain_run(workplace, "two", "--workers", "2") == 0
+    assert pretrain_run(workplace, "two", "--workers", "2", "--sample-tokens", "0") == 0
     assert {event["workers"] for event in steps_of(folder)} == {2}
+    assert not [event for event in read_events(folder / "base") if event["kind"] == "samples"]
     assert_same_history(folder, calm)
 
 

@@ -17,12 +17,13 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """What a stage's artifacts say; `steps` and `evals` are in order of steps."""
+    """What a stage's artifacts say; `steps`, `evals` and `samples` are in order of steps."""
 
     plan: Plan | None
     starts: list[Event]
     steps: list[Event]
     evals: list[Event]
+    samples: list[Event]
     checkpoints: list[Event]
     ledger: Ledger
 
@@ -56,11 +57,19 @@ def read_training(stage: Folder) -> Training | None:
     if not of_kind["step"]:
         return None
     plan = Plan.from_dict(stage.read_json("plan.json")) if stage.exists("plan.json") else None
-    by_step = {kind: sorted(of_kind[kind], key=lambda event: event["step"]) for kind in ("step", "eval")}
-    return Training(plan, of_kind["start"], by_step["step"], by_step["eval"], of_kind["checkpoint"], Ledger(events))
+    by_step = {kind: sorted(of_kind[kind], key=lambda event: event["step"]) for kind in ("step", "eval", "samples")}
+    return Training(
+        plan=plan,
+        starts=of_kind["start"],
+        steps=by_step["step"],
+        evals=by_step["eval"],
+        samples=by_step["samples"],
+        checkpoints=of_kind["checkpoint"],
+        ledger=Ledger(events),
+    )
 
 
-KINDS = ("start", "step", "eval", "checkpoint")
+KINDS = ("start", "step", "eval", "samples", "checkpoint")
 
 
 def training_section(title: str, training: Training, prices: Prices) -> Section:

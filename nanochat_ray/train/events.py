@@ -1,7 +1,7 @@
 """What happened, one JSON object per line in `<stage>/events.jsonl`, and the same curves for TensorBoard.
 
-Objects have a `kind`: start, step, eval, checkpoint, lost, leave, finish. There is exactly one `step` object per
-optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
+Objects have a `kind`: start, step, eval, samples, checkpoint, lost, leave, finish. There is exactly one `step` object
+per optimizer step: when a run goes back to a checkpoint, the objects of the steps it will do again are dropped, and one
 `lost` object tells how many they were and how long they took. What else the time went to is in ledger.py: each `step`
 carries the `goodput` so far, `finish` the `worker_seconds` by label.
 """
@@ -143,7 +143,7 @@ def without_repeated(events: list[dict[str, Any]], resume_step: int) -> list[dic
             sum_up()
         if _survives(event, resume_step):
             kept.append(event)
-        elif event["kind"] in ("step", "eval"):
+        elif event["kind"] in ("step", "eval", "samples"):
             dropped.append(event)
             place = len(kept)
     sum_up()
@@ -167,9 +167,9 @@ def _lost(dropped: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _survives(event: dict[str, Any], resume_step: int) -> bool:
-    """Step k is the update from k to k+1; an evaluation or checkpoint at k comes after k updates."""
+    """Step k is the update from k to k+1; an evaluation, samples or a checkpoint at k come after k updates."""
     if event["kind"] == "step":
         return event["step"] < resume_step
-    if event["kind"] in ("eval", "checkpoint", "finish"):
+    if event["kind"] in ("eval", "samples", "checkpoint", "finish"):
         return event["step"] <= resume_step
     return True

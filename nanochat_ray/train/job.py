@@ -42,6 +42,7 @@ class TrainingJob:
     dtype: str | None  # None: what the hardware multiplies best
     compile: str  # auto | on | off
     fence: Fence  # of the lease under which this is written
+    sample_tokens: int = 0  # of each continuation of a fixed prompt at evaluations; 0: none
     initial_model: Folder | None = None  # a finished stage whose weights to begin with
     initial_digest: str | None = None  # of those weights
     patience: Patience = PATIENCE  # with workers that hang
@@ -59,6 +60,7 @@ class TrainingJob:
             keep_checkpoints=args.keep_checkpoints,
             dtype=args.dtype,
             compile=args.compile,
+            sample_tokens=args.sample_tokens,
             **given,
         )
 

@@ -11,7 +11,7 @@ What the labels are taken from:
 - A `step` event is written at its step's end. Of its `seconds`, `data_wait_s` are *data wait*, `compile_s` *compile*,
   the rest *useful*. Where there is no `compile_s`, the time by which the first steps of a compiled group exceed the
   median of its later ones is *compile*. `stall_s` of the time since the former step's end was a *checkpoint stall*.
-- An `eval` event ends `seconds` of *evaluation*.
+- An `eval` or `samples` event ends `seconds` of *evaluation*.
 - What a group does between its last step and its `leave` or `finish` event is a *checkpoint stall*: it saves.
 - A `checkpoint` event without `stall_s` is from a version that stopped to write: its `seconds` are a stall.
 - A `lost` event stands for steps that were done in vain; their time is *repeated work*.
@@ -111,7 +111,7 @@ class Ledger:
         elif kind in ("leave", "finish"):
             self._spend(event["time"], Label.CHECKPOINT_STALL)
             self._group.left = True
-        elif kind == "eval":
+        elif kind in ("eval", "samples"):
             self._pause(event, Label.EVALUATION)
         elif kind == "checkpoint" and "stall_s" not in event:
             self._pause(event, Label.CHECKPOINT_STALL)

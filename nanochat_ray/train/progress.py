@@ -15,6 +15,7 @@ from nanochat_ray.train.events import EVENTS
 
 _POLL_S = {"local": 0.5, "remote": 5.0}
 LOST, LEFT = "workers were lost", {"notice": "the notice of a machine", "growth": "more machines came"}
+_SAMPLE_LETTERS = 100
 _PLAIN_LINE_EVERY_S = 10.0  # where the output is a log and not a terminal
 
 
@@ -56,6 +57,10 @@ class ProgressLine:
             self._group_ended = LEFT[event["why"]]
         elif kind == "eval":
             self._val_bpb = event["val_bpb"]
+        elif kind == "samples" and event["samples"]:
+            first = event["samples"][0]  # the same prompt each time: it is the change that tells something
+            text = _one_line(f"{first['prompt']} → {first['text']}")
+            self._print(f"step {event['step']:>{len(str(self._total))}}/{self._total} | {text}")
         elif kind == "step":
             self._recent_seconds.append(event["seconds"])
             self._draw(self.text(event), last=event["step"] + 1 == self._total)
@@ -91,6 +96,12 @@ class ProgressLine:
     def _print(self, text: str) -> None:
         self.finish()
         print(text, flush=True)
+
+
+def _one_line(text: str) -> str:
+    """Fit for a terminal: what a model says may hold anything."""
+    text = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
+    return text if len(text) <= _SAMPLE_LETTERS else text[: _SAMPLE_LETTERS - 2] + " …"
 
 
 def _follow(stage: Folder, line: ProgressLine, stop: threading.Event) -> None:

@@ -60,6 +60,7 @@ from nanochat_ray.train.reports import (
     reported_failure,
 )
 from nanochat_ray.train.restarts import why_to_give_up
+from nanochat_ray.train.samples import write_samples
 from nanochat_ray.train.saver import Saver
 from nanochat_ray.train.step import StepResult, World
 from nanochat_ray.train.watchdog import Watchdog
@@ -259,11 +260,22 @@ class _Worker:
             self.validation = list(islice(once, world.rank, job.eval_micro_batches, world.size))
         self.model.eval()
         bpb = evaluate_bpb(self._token_losses, self.validation, job.tokenizer.token_bytes(), world.device, world.sum)
-        self.model.train()
         self.watchdog.beat()
         if self.events is not None:
             self.events.append("eval", step=step, val_bpb=bpb, seconds=round(time.monotonic() - began, 4))
+            self._write_samples(self.events, step)
+        self.model.train()
         return bpb
+
+    def _write_samples(self, events: EventLog, step: int) -> None:
+        """Worker 0's alone; the others wait for it in what they do together next."""
+        if not self.job.sample_tokens:
+            return
+        began = time.monotonic()
+        samples = write_samples(self.model, self.job.tokenizer, self.job.plan.stage, self.job.sample_tokens)
+        self.watchdog.beat()
+        seconds = round(time.monotonic() - began, 4)
+        events.append("samples", step=step, samples=[sample._asdict() for sample in samples], seconds=seconds)
 
     def _is_last(self, state: TrainState) -> bool:
         return state.cursor.step == self.job.plan.steps
