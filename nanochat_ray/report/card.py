@@ -34,7 +34,6 @@ def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
     tokenizer, tokenizer_eval = read("tokenizer/tokenizer.json"), read("tokenizer/eval.json")
     base, sft = read_training(run / "base"), read_training(run / "sft")
     base_eval, chat_eval, stages = read("base/base_eval.json"), read("sft/chat_eval.json"), read("report/stages.json")
-
     core, chat_core = (base_eval or {}).get("core"), (chat_eval or {}).get("chat_core")
 
     present = {

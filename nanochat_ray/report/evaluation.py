@@ -58,10 +58,11 @@ def key_figure(score: Json) -> tuple[str, str, str]:
 def _certainty(score: Json) -> str:
     name, mean, spread = score["name"], score["mean"], _SEED_SPREAD.get(score["name"])
     asked = sum(task["examples"] for task in score["tasks"].values())
+    questions = f"{asked:,} {'question' if asked == 1 else 'questions'}"
     limit = f", at most {score['max_per_task']:,} of each" if score.get("max_per_task") else ""
     sentences = [
         f"{name} {mean['value']:.3f} ± {_half_width(mean):.3f} at step {score['step']:,} "
-        f"(95 % interval {_ends(mean)}; {asked:,} questions of {_tasks(score)}{limit})."
+        f"(95 % interval {_ends(mean)}; {questions} of {_tasks(score)}{limit})."
     ]
     if spread is None:
         sentences.append("The interval is for other questions of the same kind; another seed of training adds to it.")
@@ -88,7 +89,7 @@ def _tasks_plot(score: Json) -> Plot:
     above, below = sum(bar.low > 0 for bar in found), sum(bar.high < 0 for bar in found)
     best, worst = found[0], found[-1]
     words = (
-        f"surely better than guessing at {above} of {len(found)}, surely worse at {below}; "
+        f"the interval is above guessing at {above} of {_tasks(score)}, below it at {below}; "
         f"best {best.name} {best.value:.3f} ({_ends(vars(best))}), worst {worst.name} {worst.value:.3f} "
         f"({_ends(vars(worst))})"
     )
@@ -129,7 +130,7 @@ def _over_steps(name: str, history: list[Json]) -> list[Block]:
 
 def _comparison(name: str, comparison: Json) -> list[Block]:
     mean, tasks = comparison["mean"], comparison["tasks"]
-    verdict = "no difference that could not be chance" if mean["low"] <= 0 <= mean["high"] else "not by chance alone"
+    verdict = "chance may explain it" if mean["low"] <= 0 <= mean["high"] else "more than chance explains"
     text = (
         f"Compared with {comparison['with']} on the same questions, {name} differs by {mean['value']:+.3f} "
         f"(95 % interval {_ends(mean, '+')}, p {_equals(mean['p'])}): {verdict}. Differences are of centred "

@@ -5,6 +5,8 @@ from html import escape
 
 from nanochat_ray.report.document import Block, Document, KeyFigures, Plots, Samples, Section, Table, Text
 
+MANY_COLUMNS = 7  # tables with more are set closer, to be seen whole
+
 _STYLE = """
 :root { --ink: #1d232b; --soft: #626c79; --line: #e3e7ec; --wash: #f6f8fa; --accent: #2457a6; color-scheme: light; }
 * { box-sizing: border-box; }
@@ -14,9 +16,9 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em; }
 .subtitle { color: var(--soft); margin: 0.4rem 0 2rem; }
 h2 { font-size: 1.15rem; margin: 2.8rem 0 0.9rem; padding-bottom: 0.35rem; border-bottom: 1px solid var(--line); }
 p { max-width: 46rem; margin: 0.6rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 0;
-           background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-.figures div { background: #fff; padding: 0.9rem 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1px; margin: 0;
+           border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.figures div { box-shadow: 0 0 0 1px var(--line); padding: 0.9rem 1rem; }
 .figures dd { margin: 0; font-size: 1.35rem; white-space: nowrap; font-weight: 600; letter-spacing: -0.01em;
               font-variant-numeric: tabular-nums; }
 .figures dt { color: var(--soft); font-size: 0.8rem; line-height: 1.35; }
@@ -27,9 +29,15 @@ th, td { padding: 0.28rem 1.6rem 0.28rem 0; border-bottom: 1px solid var(--line)
 td:first-child { white-space: nowrap; }
 .total tr:last-child td { font-weight: 600; border-top: 1px solid var(--soft); }
 .right { text-align: right; white-space: nowrap; }
+.dense { font-size: 0.8rem; }
+.dense th, .dense td { padding-right: 0.8rem; white-space: nowrap; }
+.dense th { vertical-align: bottom; }
+.dense th.right { white-space: normal; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.2rem; margin: 1.2rem 0; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
+figure:only-child { overflow-x: auto; }
+figure:only-child img { min-width: 38rem; }
 figcaption { font-size: 0.87rem; font-weight: 600; margin-bottom: 0.3rem; }
 figcaption span { display: block; font-weight: 400; color: var(--soft); font-size: 0.8rem; }
 .sample { border-left: 3px solid var(--line); padding: 0.1rem 0 0.1rem 1rem; margin: 1rem 0; }
@@ -94,8 +102,9 @@ def _table(table: Table) -> str:
         return f"<tr>{''.join(f'<{tag}{s}>{escape(c)}</{tag}>' for s, c in zip(side, cells, strict=True))}</tr>"
 
     head, rows = line("th", table.columns), "".join(line("td", row) for row in table.rows)
-    kind = ' class="total"' if table.total else ""
-    return f'<div class="wide"><table><thead>{head}</thead><tbody{kind}>{rows}</tbody></table></div>'
+    total = ' class="total"' if table.total else ""
+    dense = ' class="dense"' if len(table.columns) > MANY_COLUMNS else ""
+    return f'<div class="wide"><table{dense}><thead>{head}</thead><tbody{total}>{rows}</tbody></table></div>'
 
 
 def _plot(title: str, svg: bytes, words: str) -> str:

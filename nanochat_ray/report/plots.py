@@ -135,7 +135,7 @@ def bars(found: Sequence[Bar], references: Mapping[str, Mapping[str, float]], x_
         axes.margins(x=0.02)
         axes.set_xlabel(x_label)
         if references:
-            figure.legend(loc="outside upper right", ncols=min(len(references), 4), frameon=False)
+            figure.legend(loc="outside upper right", ncols=4, handlelength=0.6, labelcolor=_INK, frameon=False)
         return _svg(figure)
 
 
