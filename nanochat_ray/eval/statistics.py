@@ -80,8 +80,8 @@ def mean_centred(
 ) -> Interval:
     """The mean over tasks of centred accuracies with its 95 % interval; every task is resampled for itself.
 
-    Tasks count alike, however many examples they have. The interval is too narrow where tasks share questions (as CORE's
-    two of HellaSwag do), and where many tasks are all right or all wrong: those add nothing to its width.
+    Tasks count alike, however many examples they have. The interval is too narrow where tasks share questions (CORE
+    has HellaSwag twice), and where many tasks are all right or all wrong: those add nothing to its width.
 
     Args:
         tasks: by name, (correct bool [examples], baseline in [0, 1)); at least one task.
