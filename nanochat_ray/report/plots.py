@@ -19,6 +19,7 @@ _BESIDE = ("#e2b93b", "#e08a3c", "#cf5c4e", "#7f2222")  # the shades of referenc
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, sharp, selectable
     "svg.hashsalt": "nanochat_ray",
+    "text.parse_math": False,  # names hold what they hold
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
     "font.size": 9,
