@@ -5,7 +5,7 @@ print(table(plan))                    # every number with the rule it came from
 lr_multiplier(plan, step), muon_momentum(plan, step), weight_decay(plan, step)
 """
 
-from nanochat_ray.plan.derivation import PRESETS, make_plan, sft_plan
+from nanochat_ray.plan.derivation import PRESETS, make_plan, plan_for, sft_plan
 from nanochat_ray.plan.hardware import Hardware, find_hardware
 from nanochat_ray.plan.printout import duration, explain, table
 from nanochat_ray.plan.record import PRETRAIN, SFT, Plan, Rates, differences
@@ -28,6 +28,7 @@ __all__ = [
     "lr_multiplier",
     "make_plan",
     "muon_momentum",
+    "plan_for",
     "sft_plan",
     "table",
     "weight_decay",

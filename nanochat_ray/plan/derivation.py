@@ -12,7 +12,7 @@ from nanochat_ray.errors import UsageError
 from nanochat_ray.plan.hardware import Hardware
 from nanochat_ray.plan.record import PRETRAIN, SFT, Plan, Rates
 from nanochat_ray.plan.schedules import warmdown_steps, warmup_steps
-from nanochat_ray.plan.shape import ModelShape, derive_shape, is_power_of_two
+from nanochat_ray.plan.shape import SHAPE_RULES, ModelShape, derive_shape, is_power_of_two
 
 STANDARD_RATIO = 12.0  # training tokens per scaling parameter, near the optimum of compute
 
@@ -80,7 +80,35 @@ def make_plan(
         name: f"given ({_flag(name)})" if name in given else f"preset {preset}" for name in chosen if name != "seed"
     }
 
-    shape = derive_shape(chosen, rules)
+    return _plan(derive_shape(chosen, rules), chosen, rules, preset, hardware)
+
+
+def plan_for(
+    model: ModelShape,
+    *,
+    micro_batch_rows: int | None = None,
+    batch_tokens: int | None = None,
+    steps: int | None = None,
+    seed: int = 42,
+) -> Plan:
+    """The pretraining plan of a model that is there already, imported: all but its shape by rule, or as given.
+
+    Raises:
+        UsageError: as `make_plan`.
+    """
+    given = {"micro_batch_rows": micro_batch_rows, "batch_tokens": batch_tokens, "steps": steps}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        if value <= 0:
+            raise UsageError(f"{_flag(name)} {value} must be at least 1")
+    rules = {name: f"given ({_flag(name)})" for name in chosen}
+    rules |= dict.fromkeys(SHAPE_RULES, "as imported")
+    return _plan(model, {**chosen, "seed": seed}, rules, None, None)
+
+
+def _plan(
+    shape: ModelShape, chosen: dict[str, Any], rules: dict[str, str], preset: str | None, hardware: Hardware | None
+) -> Plan:
     counts = shape.count_parameters()
     token_ratio = float(chosen.get("ratio", STANDARD_RATIO))
     optimal_tokens = int(token_ratio * counts.scaling)
@@ -88,7 +116,9 @@ def make_plan(
     horizon = optimal_tokens / reference_tokens  # D / D_ref
     rules["optimal_tokens"] = f"D = {token_ratio:g} · P, P = matrices + unembedding = {counts.scaling:,}"
 
-    batch = chosen.get("batch_tokens") or 2 ** round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
+    by_rule = 2 ** round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
+    by_rule = max(1, by_rule // shape.sequence_len) * shape.sequence_len  # imported contexts may be no power of two
+    batch = chosen.get("batch_tokens") or by_rule
     rules.setdefault("batch_tokens", f"2^round(log2(2^19 · (D/D_ref)^{BATCH_EXPONENT})), D/D_ref = {horizon:.4g}")
     rows, micro_batches = _micro_batches(batch, shape, chosen.get("micro_batch_rows"), hardware, rules)
 
@@ -110,7 +140,7 @@ def make_plan(
         warmdown_steps=warmdown_steps(step_count),
         rates=_rates(batch, shape.n_embd, _rate_scale(preset, rules)),
         weight_decay=BASE_WEIGHT_DECAY * math.sqrt(batch / REFERENCE_BATCH) / horizon,
-        seed=seed,
+        seed=chosen["seed"],
         rules=rules,
     )
 

@@ -164,6 +164,18 @@ class ModelShape:
         return tokens * per_token + logits + logits // element_bytes * 8
 
 
+SHAPE_RULES = {
+    "depth": "given",
+    "head_size": "standard",
+    "width": "64 · depth, rounded up to a multiple of the head size {head_size}",
+    "heads": "width / head size",
+    "kv_heads": "as many as heads",
+    "vocab_size": "standard, 2^15",
+    "sequence_len": "standard",
+    "window_pattern": "standard; S = quarter of the context, L = all; the last layer is always L",
+}
+
+
 def derive_shape(chosen: dict[str, Any], rules: dict[str, str]) -> ModelShape:
     """The shape of `chosen["depth"]` with what else was chosen; adds to `rules` where each dimension came from.
 
@@ -189,14 +201,6 @@ def derive_shape(chosen: dict[str, Any], rules: dict[str, str]) -> ModelShape:
         raise UsageError(f"--sequence-len {sequence_len} must be a power of two, 16 or more: 256, 512, 1024, 2048 …")
     if not pattern or set(pattern) - set("SL"):
         raise UsageError(f"--window-pattern {pattern!r} must be made of S (quarter window) and L (full), as SSSL")
-    for name, rule in {
-        "head_size": "standard",
-        "width": f"64 · depth, rounded up to a multiple of the head size {head_size}",
-        "heads": "width / head size",
-        "kv_heads": "as many as heads",
-        "vocab_size": "standard, 2^15",
-        "sequence_len": "standard",
-        "window_pattern": "standard; S = quarter of the context, L = all; the last layer is always L",
-    }.items():
-        rules.setdefault(name, rule)
+    for name, rule in SHAPE_RULES.items():
+        rules.setdefault(name, rule.format(head_size=head_size))
     return ModelShape(sequence_len, vocab_size, depth, heads, kv_heads, width, pattern)

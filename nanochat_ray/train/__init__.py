@@ -13,7 +13,7 @@ watchdog     ends a worker that hangs, and leaves its stacks
 reports      what workers leave word of for the driver and the next group
 restarts     when a run that keeps failing should end; out_of_memory: which number to lower
 compile_cache  compiled kernels, kept with the run
-job          what a stage is, as plain data
+job          what a stage is, as plain data; origin: where its weights came from, if they were imported
 worker       one Ray Train worker running the loop
 ray_trainer  the group of workers, fed by Ray Data
 elastic      which machines a group may use, and when it leaves for a new size

@@ -28,6 +28,8 @@ from nanochat_ray.plan import Plan
 from nanochat_ray.storage import Buffer, Folder
 from nanochat_ray.stream.cursor import Cursor
 from nanochat_ray.train.lease import Fence
+from nanochat_ray.train.origin import CHECKPOINTS, START
+from nanochat_ray.train.origin import checkpoint_name as _name
 
 SCHEMA_VERSION = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -98,7 +100,7 @@ class Checkpoints:
 
     @staticmethod
     def of(stage: Folder) -> "Checkpoints":
-        return Checkpoints(stage / "checkpoints")
+        return Checkpoints(stage / CHECKPOINTS)
 
     def save(self, state: TrainState, model: Tensors, optimizer: Tensors, fence: Fence | None = None) -> int:
         """Write the checkpoint of `state.cursor.step`; returns its size in bytes.
@@ -250,9 +252,12 @@ class Checkpoints:
         return _from_safetensors(bytearray((self.folder / _name(step)).read(OPTIMIZER)))
 
     def prune(self, keep: int, best: int | None = None) -> None:
-        """Delete what is older than the newest `keep` (at least 1) finished checkpoints, but for the `best` step's."""
+        """Delete what is older than the newest `keep` (at least 1) finished checkpoints, but for the `best` step's.
+
+        Imported weights, the checkpoint of step 0, stay as well.
+        """
         oldest_kept = self.steps()[-keep:][0]
-        self._delete(lambda step: step < oldest_kept and step != best)
+        self._delete(lambda step: START < step < oldest_kept and step != best)
 
     def delete_after(self, step: int) -> None:
         """Delete what lies beyond a step from which training goes on: damaged, or never finished."""
@@ -264,10 +269,6 @@ class Checkpoints:
             if match and unwanted(int(match[1])):
                 (self.folder / name).delete(MANIFEST)  # first, so that a reader never sees a half-deleted one
                 self.folder.delete(name)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:06d}"
 
 
 class _Seal:

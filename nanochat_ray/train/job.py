@@ -18,6 +18,7 @@ from nanochat_ray.train.cadence import Cadence
 from nanochat_ray.train.checkpoint import Checkpoints, Loaded, TrainState
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.lease import Fence
+from nanochat_ray.train.origin import START
 from nanochat_ray.train.watchdog import PATIENCE, Patience
 
 EVALS_PER_RUN = 4
@@ -43,7 +44,7 @@ class TrainingJob:
     compile: str  # auto | on | off
     fence: Fence  # of the lease under which this is written
     sample_tokens: int = 0  # of each continuation of a fixed prompt at evaluations; 0: none
-    initial_model: Folder | None = None  # a finished stage whose weights to begin with
+    initial_model: Folder | None = None  # a finished stage whose weights to begin with, or this one if it was imported
     initial_digest: str | None = None  # of those weights
     patience: Patience = PATIENCE  # with workers that hang
     attempt: str = ""
@@ -76,7 +77,7 @@ class TrainingJob:
         )
 
     def saved_state(self, deeply: bool = True) -> TrainState | None:
-        """The newest valid state, or None before the first checkpoint.
+        """The newest valid state, or None before the first step was saved: imported weights, at step 0, are no state.
 
         Args:
             deeply: verify the tensors, too; otherwise only their sizes (see `Checkpoints.newest_whole`).
@@ -89,14 +90,17 @@ class TrainingJob:
         if step is None:
             return None
         state = checkpoints.state(step)
+        if state.cursor.step == START:
+            return None
         self._require_own(state)
         return state
 
     def load(self, warn: Callable[[str], None] = warn) -> Loaded | None:
         """As `saved_state`, with the tensors."""
         loaded = Checkpoints.of(self.stage).load(warn)
-        if loaded is not None:
-            self._require_own(loaded.state)
+        if loaded is None or loaded.state.cursor.step == START:
+            return None
+        self._require_own(loaded.state)
         return loaded
 
     def _require_own(self, state: TrainState) -> None:

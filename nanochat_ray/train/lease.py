@@ -25,6 +25,7 @@ from typing import Any
 from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder, storage_failed
+from nanochat_ray.train.origin import CHECKPOINTS, ORIGIN, START, checkpoint_name
 
 FOLDER, GROUP = "lease", "group.json"
 RENEW_EVERY_S = 4.0
@@ -173,9 +174,14 @@ class Lease:
 
 
 def clear_stage(stage: Folder) -> None:
-    """Delete all that a stage holds but its lease, which the caller has."""
+    """Delete all that a stage holds but its lease, which the caller has, and the weights that were imported into it."""
+    imported = stage.exists(ORIGIN)
     for name in stage.list():
-        if name != FOLDER:
+        if imported and name == CHECKPOINTS:
+            for step in (stage / name).list():
+                if step != checkpoint_name(START):
+                    (stage / name).delete(step)
+        elif name != FOLDER and not (imported and name == ORIGIN):
             stage.delete(name)
 
 
