@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from nanochat_ray.stream.rows import ChatRows, count_rows
+    from nanochat_ray.stream.rows import ChatRows, look_at_epoch
     from nanochat_ray.tasks.mixture import write_mixture
     from nanochat_ray.tasks.recipes import mixture_of
     from nanochat_ray.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             place = Folder.at(scratch) if untouched else stage / "data"
             corpus = write_mixture(mixture, place, replace=untouched or not Checkpoints.of(stage).steps())
-            rows = int(args.epochs * count_rows(source, corpus.train))
+            epoch = look_at_epoch(source, corpus.train)
+        rows = int(args.epochs * epoch.rows)
         plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
         print(table(plan))
         if lease is None:
@@ -80,6 +81,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 initial_digest=Checkpoints.of(base).digest(base_step),
                 fence=lease.fence,
             )
+            filled = f"{epoch.fill:.1%} of the positions filled"
+            cut = f", {epoch.cropped:.1%} of the text cut off where it is longer than a row" if epoch.cropped else ""
+            print(f"{len(mixture.train):,} conversations in {epoch.rows:,} rows: {filled}{cut}")
             for name, count in mixture.counts.items():
                 print(f"  {name:<16} {count['train']:>9,} conversations, {count['test']:,} held out")
             unchanged = not run_training(job, cluster, workers)

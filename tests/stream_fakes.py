@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_ray.data.corpus import Unit
-from nanochat_ray.stream.rows import RowSource
+from nanochat_ray.stream.rows import RowSource, UnitRows
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class NumberedRows:
     sequence_len: int
     vocab_size: int = 100
 
-    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, unit: Unit) -> UnitRows:
         random = np.random.default_rng(int(unit.shard))
         tokens = random.integers(0, self.vocab_size, (unit.row_group, self.sequence_len + 1), dtype=np.int32)
-        return tokens, np.zeros(unit.row_group, dtype=np.int32)
+        return UnitRows(tokens, *np.zeros((2, unit.row_group), dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HangingRows:
     unit: Unit
     until: Path
 
-    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, unit: Unit) -> UnitRows:
         while unit == self.unit and not self.until.exists():
             time.sleep(0.1)
         return self.source.rows(unit)

@@ -57,7 +57,7 @@ def test_rows_have_width_t_plus_1_and_the_padding_is_counted(lengths):
     assert packed.tokens_NT.shape == packed.mask_NT.shape == (len(packed.chats), T + 1)
     assert packed.tokens_NT.dtype == np.int32
     assert packed.mask_NT.dtype == np.uint8
-    assert packed.padding_tokens == packed.tokens_NT.size - sum(lengths)
+    assert packed.padding_N.tolist() == [T + 1 - sum(lengths[chat] for chat in row) for row in packed.chats]
     assert 0 <= packed.fill <= 1
 
 

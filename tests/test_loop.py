@@ -29,7 +29,7 @@ def run(monkeypatch):
         def run_step(plan, summed_loss, optimizer, cursor, first_step, micro_batches, world, request):
             nonlocal now
             now += 1.0
-            return StepResult(cursor.step, 1.0, 1, "", 0, RowId(0, cursor.step, 0), request, 0.0)
+            return StepResult(cursor.step, 1.0, 1, "", 0, 0, RowId(0, cursor.step, 0), request, 0.0)
 
         def leave():
             raise Left

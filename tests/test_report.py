@@ -75,6 +75,8 @@ def events(steps: int, *, seed: int, batch: int, chat: bool = False) -> str:
                 "tok_per_s": 5000 + noise.gauss(0, 120),
                 "mfu": 0.41,
                 "cropped_tokens": 400,
+                "padding_tokens": batch // 64 if chat else 0,
+                "targets": batch // 2 if chat else batch,
             }
         )
         if (step + 1) % 30 == 0 or step + 1 == steps:
@@ -192,6 +194,13 @@ def test_text_of_models_and_data_is_never_markup(card):
     assert "[markup](x)" not in outside_fences
     rows = [line for line in text.splitlines() if "alert" in line and line.startswith("|")]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4]
+
+
+def test_of_padded_rows_it_is_shown_how_full_they_are_and_how_much_is_trained_on(card):
+    before, after = card[2].split("## Finetuning")
+    assert "| positions filled by packing | 98.4% |" in after
+    assert "| positions that are trained on | 50.0% |" in after
+    assert "filled by packing" not in before
 
 
 def test_a_run_with_only_a_tokenizer_says_what_was_not_run(tmp_path):

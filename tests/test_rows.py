@@ -15,9 +15,11 @@ from nanochat_ray.storage import Folder
 from nanochat_ray.stream.cursor import RowId
 from nanochat_ray.stream.rows import (
     ChatRows,
+    EpochFacts,
     MicroBatch,
     PretrainingRows,
-    count_rows,
+    UnitRows,
+    look_at_epoch,
     micro_batches,
     one_epoch,
     stream_hash,
@@ -112,7 +114,7 @@ def test_a_corpus_without_a_single_row_is_an_error_and_not_an_endless_search():
 )
 def test_rows_that_are_missing_repeated_or_exchanged_are_noticed(ids, in_order):
     count = len(ids)
-    batch = MicroBatch(np.array(ids), np.zeros((count, 3), np.int32), np.zeros(count, np.int32))
+    batch = MicroBatch(np.array(ids), np.zeros((count, 3), np.int32), *np.zeros((2, count), np.int32))
     assert batch.is_in_order() is in_order
 
 
@@ -126,23 +128,26 @@ def test_the_digest_depends_on_tokens_and_on_place():
 
 
 def test_pretraining_rows_start_with_bos_and_every_token_is_a_target(corpus, tokenizer):
-    tokens_NT, cropped_N = PretrainingRows(tokenizer, 32).rows(corpus.train[0])
+    tokens_NT, cropped_N, padding_N = PretrainingRows(tokenizer, 32).rows(corpus.train[0])
     assert tokens_NT.dtype == np.int32
     assert tokens_NT.shape[1] == 33
     assert (tokens_NT[:, 0] == tokenizer.bos).all()
     assert (tokens_NT >= 0).all()
     assert len(cropped_N) == len(tokens_NT)
+    assert padding_N.tolist() == [0] * len(tokens_NT)
 
 
 def test_only_what_the_assistant_says_is_a_target(tmp_path, tokenizer):
     chats = [[{"role": "user", "content": f"fox {n}"}, {"role": "assistant", "content": f"dog {n}"}] for n in range(20)]
     mixture = build_mixture([Source("chats", chats, chats[:4])], seed=1)
     stored = write_mixture(mixture, Folder.at(tmp_path / "data"))
-    tokens_NT, _ = ChatRows(tokenizer, 48).rows(stored.train[0])
+    tokens_NT, _, padding_N = ChatRows(tokenizer, 48).rows(stored.train[0])
     inputs_NT, targets_NT = to_inputs_and_targets(tokens_NT)
     said = tokenizer.decode([id for id in targets_NT.flatten().tolist() if id >= 0])
     assert sorted(said.split("<|assistant_end|>")[:-1]) == sorted(f"dog {n}" for n in range(20))
     assert "fox" in tokenizer.decode(inputs_NT.flatten().tolist())
+    last = tokens_NT[np.arange(len(tokens_NT)), 48 - padding_N]
+    assert last.tolist() == [tokenizer.special("assistant_end")] * len(tokens_NT)
 
 
 def test_inputs_and_targets_are_shifted_by_one():
@@ -152,6 +157,16 @@ def test_inputs_and_targets_are_shifted_by_one():
 
 
 def test_rows_are_counted_exactly_for_few_units_and_estimated_for_many():
-    assert count_rows(NumberedRows(4), as_units([3, 0, 5])) == 8
+    assert look_at_epoch(NumberedRows(4), as_units([3, 0, 5])) == EpochFacts(rows=8, fill=1.0, cropped=0.0)
     many = as_units([4] * 1000)
-    assert count_rows(NumberedRows(4), many) == 4000
+    assert look_at_epoch(NumberedRows(4), many).rows == 4000
+
+
+def test_an_epoch_tells_how_full_its_rows_are_and_what_they_had_no_room_for():
+    class Rows:
+        def rows(self, unit):
+            cropped, padding = np.array([6, 0], np.int32), np.array([0, 2 * unit.row_group], np.int32)
+            return UnitRows(np.zeros((2, 10), np.int32), cropped, padding)
+
+    facts = look_at_epoch(Rows(), as_units([1, 2]))
+    assert facts == EpochFacts(rows=4, fill=pytest.approx(34 / 40), cropped=pytest.approx(12 / 46))

@@ -24,7 +24,7 @@ def micro_batches():
     for index in range(PLAN.micro_batches):
         ids = [(0, *divmod(row, UNIT_ROWS)) for row in (2 * index, 2 * index + 1)]
         tokens = random.integers(0, 300, (2, 17), dtype=np.int32)
-        yield MicroBatch(np.array(ids, dtype=np.int64), tokens, np.zeros(2, dtype=np.int32))
+        yield MicroBatch(np.array(ids, dtype=np.int64), tokens, *np.array([[0, 0], [3, 1]], dtype=np.int32))
 
 
 class Training:
@@ -55,6 +55,7 @@ def test_a_sound_step_updates_the_weights():
     training = Training()
     result = training.step()
     assert result.last_row == RowId(0, 6, 1)
+    assert (result.cropped_tokens, result.padding_tokens) == (0, 4 * PLAN.micro_batches)
     assert not training.is_untouched()
 
 

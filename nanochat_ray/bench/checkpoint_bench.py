@@ -94,7 +94,7 @@ def _noise(plan: Plan) -> Iterator[MicroBatch]:
         row_ids[:, 2] = np.arange(row, row + rows)
         shape = (rows, plan.model.sequence_len + 1)
         tokens = random.integers(0, plan.model.vocab_size, shape, dtype=np.int32)
-        yield MicroBatch(row_ids, tokens, np.zeros(rows, dtype=np.int32))
+        yield MicroBatch(row_ids, tokens, *np.zeros((2, rows), dtype=np.int32))
         row += rows
 
 

@@ -128,6 +128,10 @@ def _figures(training: Training) -> list[tuple[str, str]]:
     if any("cropped_tokens" in event for event in steps):
         cropped = sum(event.get("cropped_tokens", 0) for event in steps)
         rows.append(("cropped by packing", f"{cropped / (cropped + steps[-1]['tokens']):.1%} of the tokens read"))
+    if padding := sum(event.get("padding_tokens", 0) for event in steps):
+        rows.append(("positions filled by packing", f"{1 - padding / steps[-1]['tokens']:.1%}"))
+        targets = sum(event["targets"] for event in steps)
+        rows.append(("positions that are trained on", f"{targets / steps[-1]['tokens']:.1%}"))
     if checkpoints:
         size = f", {checkpoints[-1]['bytes'] / 1e6:,.0f} MB each" if "bytes" in checkpoints[-1] else ""
         rows.append(("checkpoints", f"{len(checkpoints)} written{size}"))

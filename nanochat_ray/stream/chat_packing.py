@@ -20,19 +20,19 @@ class PackedChats:
     mask_NT: uint8 [rows, T+1], 1 where that token is a trained target, 0 on padding.
     cropped_N: int32 [rows]; tokens cut off the end of a chat that is longer than a row, and so has it to itself.
     chats: row by row the indices of the chats in it, from left to right.
-    padding_tokens: over all rows.
+    padding_N: int32 [rows]; positions at the row's end that hold no chat.
     """
 
     tokens_NT: np.ndarray
     mask_NT: np.ndarray
     cropped_N: np.ndarray
     chats: tuple[tuple[int, ...], ...]
-    padding_tokens: int
+    padding_N: np.ndarray
 
     @property
     def fill(self) -> float:
         """Fraction of the token positions that hold a chat; 1 when there are no rows."""
-        return 1 - self.padding_tokens / self.tokens_NT.size if self.tokens_NT.size else 1.0
+        return 1 - int(self.padding_N.sum()) / self.tokens_NT.size if self.tokens_NT.size else 1.0
 
 
 def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad_id: int) -> PackedChats:
@@ -49,6 +49,7 @@ def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad_id: int) -> 
     tokens_NT = np.full((len(rows), width), pad_id, dtype=np.int32)
     mask_NT = np.zeros((len(rows), width), dtype=np.uint8)
     cropped_N = np.zeros(len(rows), dtype=np.int32)
+    padding_N = np.zeros(len(rows), dtype=np.int32)
     for row, chats in enumerate(rows):
         start = 0
         for chat in chats:
@@ -58,12 +59,13 @@ def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad_id: int) -> 
             mask_NT[row, start:end] = mask[: lengths[chat]]
             cropped_N[row] += len(ids) - lengths[chat]
             start = end
+        padding_N[row] = width - start
     return PackedChats(
         tokens_NT=tokens_NT,
         mask_NT=mask_NT,
         cropped_N=cropped_N,
         chats=tuple(tuple(chats) for chats in rows),
-        padding_tokens=len(rows) * width - sum(lengths),
+        padding_N=padding_N,
     )
 
 

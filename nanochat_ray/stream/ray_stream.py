@@ -101,4 +101,4 @@ def read_micro_batches(shard: Any, micro_batch_rows: int, prefetch: int = 2) -> 
     for columns in shard.iter_batches(
         batch_size=micro_batch_rows, batch_format="numpy", prefetch_batches=prefetch, drop_last=True
     ):
-        yield MicroBatch(columns["row_id"], columns["tokens"], columns["cropped"])
+        yield MicroBatch.from_columns(columns)

@@ -27,12 +27,23 @@ MAX_COUNTED_UNITS = 64
 NO_ROWS = "the corpus is too small: not one of its units fills a training row; give more text or a smaller preset"
 
 
+class UnitRows(NamedTuple):
+    """The rows of a unit, and what packing them cost.
+
+    tokens_NT: int32 [N, T+1], complemented where not a target.
+    cropped_N: int32 [N]; tokens cut off at each row.
+    padding_N: int32 [N]; positions at each row's end that hold nothing.
+    """
+
+    tokens_NT: np.ndarray
+    cropped_N: np.ndarray
+    padding_N: np.ndarray
+
+
 class RowSource(Protocol):
     """How a unit becomes rows: a pure function, picklable, the same on every machine."""
 
-    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [N, T+1] tokens (complemented where not a target) and int32 [N] tokens cropped at each row."""
-        ...
+    def rows(self, unit: Unit) -> UnitRows: ...
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,11 @@ class PretrainingRows:
     tokenizer: Tokenizer
     sequence_len: int
 
-    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, unit: Unit) -> UnitRows:
         encoded = self.tokenizer.encode_batch(read_unit(unit))
         pieces = [piece for ids in encoded for piece in passages(ids, self.tokenizer.bos, self.sequence_len)]
         packed = pack(pieces, self.sequence_len)
-        return packed.tokens_NT, packed.cropped_N
+        return UnitRows(packed.tokens_NT, packed.cropped_N, np.zeros_like(packed.cropped_N))
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,11 @@ class ChatRows:
     tokenizer: Tokenizer
     sequence_len: int
 
-    def rows(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, unit: Unit) -> UnitRows:
         rendered = [render(self.tokenizer, conversation) for conversation in read_conversations(unit)]
         packed = pack_chats(rendered, self.sequence_len, pad_id=self.tokenizer.bos)
-        return np.where(packed.mask_NT == 1, packed.tokens_NT, ~packed.tokens_NT), packed.cropped_N
+        tokens_NT = np.where(packed.mask_NT == 1, packed.tokens_NT, ~packed.tokens_NT)
+        return UnitRows(tokens_NT, packed.cropped_N, packed.padding_N)
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,18 @@ class MicroBatch:
 
     row_ids_M3: int64 [m, 3], the RowId of each.
     tokens_MT: int32 [m, T+1], complemented where not a target.
-    cropped_M: int32 [m].
+    cropped_M, padding_M: int32 [m]; see UnitRows.
     """
 
     row_ids_M3: np.ndarray
     tokens_MT: np.ndarray
     cropped_M: np.ndarray
+    padding_M: np.ndarray
+
+    @staticmethod
+    def from_columns(columns: dict[str, np.ndarray]) -> "MicroBatch":
+        """Of rows as `visit_rows` gives them."""
+        return MicroBatch(columns["row_id"], columns["tokens"], columns["cropped"], columns["padding"])
 
     @property
     def first_row(self) -> RowId:
@@ -137,13 +155,14 @@ def visits_from(units: int, start: RowId, seed: int) -> Iterator[Visit]:
 
 
 def visit_rows(source: RowSource, unit: Unit, visit: Visit, seed: int) -> dict[str, np.ndarray]:
-    """The rows of a visit as columns `row_id` int64 [N, 3], `tokens` int32 [N, T+1], `cropped` int32 [N]."""
-    tokens_NT, cropped_N = source.rows(unit)
-    order = row_order(len(tokens_NT), visit.epoch, visit.unit, seed)[visit.skip :]
+    """The rows of a visit as columns `row_id` int64 [N, 3], `tokens` int32 [N, T+1], `cropped`, `padding` int32 [N]."""
+    rows = source.rows(unit)
+    order = row_order(len(rows.tokens_NT), visit.epoch, visit.unit, seed)[visit.skip :]
     row_ids = np.empty((len(order), 3), dtype=np.int64)
     row_ids[:, 0], row_ids[:, 1] = visit.epoch, visit.position
     row_ids[:, 2] = np.arange(visit.skip, visit.skip + len(order))
-    return {"row_id": row_ids, "tokens": tokens_NT[order], "cropped": cropped_N[order]}
+    tokens_NT, cropped_N, padding_N = (column[order] for column in rows)
+    return {"row_id": row_ids, "tokens": tokens_NT, "cropped": cropped_N, "padding": padding_N}
 
 
 def micro_batches(
@@ -194,16 +213,33 @@ def _cut(visited: Iterable[dict[str, np.ndarray]], micro_batch_rows: int) -> Ite
         whole = len(columns["tokens"]) // micro_batch_rows * micro_batch_rows
         for begin in range(0, whole, micro_batch_rows):
             rows = slice(begin, begin + micro_batch_rows)
-            yield MicroBatch(columns["row_id"][rows], columns["tokens"][rows], columns["cropped"][rows])
+            yield MicroBatch.from_columns({name: column[rows] for name, column in columns.items()})
         pending = {name: column[whole:] for name, column in columns.items()}
     if pending is not None and len(pending["tokens"]):
-        yield MicroBatch(pending["row_id"], pending["tokens"], pending["cropped"])
+        yield MicroBatch.from_columns(pending)
 
 
-def count_rows(source: RowSource, units: Sequence[Unit]) -> int:
-    """Rows of one epoch: exact for few units, from an even sample of them for many."""
+class EpochFacts(NamedTuple):
+    """What one epoch holds."""
+
+    rows: int
+    fill: float  # fraction of the positions that are not padding
+    cropped: float  # fraction of the tokens that rows had no room for
+
+
+def look_at_epoch(source: RowSource, units: Sequence[Unit]) -> EpochFacts:
+    """Pack the units: all of them if they are few, an even sample of them if they are many."""
     sampled = units[:: -(-len(units) // MAX_COUNTED_UNITS)]
-    return sum(len(source.rows(unit)[0]) for unit in sampled) * len(units) // len(sampled)
+    rows = positions = cropped = padding = 0
+    for unit in sampled:
+        packed = source.rows(unit)
+        rows, positions = rows + len(packed.tokens_NT), positions + packed.tokens_NT.size
+        cropped, padding = cropped + int(packed.cropped_N.sum()), padding + int(packed.padding_N.sum())
+    return EpochFacts(
+        rows=rows * len(units) // len(sampled),
+        fill=1 - padding / max(positions, 1),
+        cropped=cropped / max(positions - padding + cropped, 1),
+    )
 
 
 def step_rows(

@@ -25,7 +25,7 @@ from nanochat_ray.stream.rows import IGNORED_TARGET, MicroBatch, stream_hash, to
 # (inputs int64 [m, T], targets int64 [m, T]) → summed loss in nats, a scalar that can be differentiated
 SummedLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-_FIRST, _LAST, _DIGEST, _LOSS_BITS, _TARGETS, _CROPPED, _COLUMNS = slice(0, 3), slice(3, 6), 6, 7, 8, 9, 10
+_FIRST, _LAST, _DIGEST, _LOSS_BITS, _TARGETS, _CROPPED, _PADDING, _COLUMNS = slice(0, 3), slice(3, 6), *range(6, 12)
 _REQUEST, _INFINITE, _WAITED_US = 0, 1, 2  # of the lines of workers, which follow those of micro-batches
 _NAMED_AT_MOST = 8
 
@@ -60,6 +60,7 @@ class StepResult:
     targets: int
     stream_hash: str
     cropped_tokens: int
+    padding_tokens: int  # positions of the global batch that hold nothing
     last_row: RowId
     request: int  # the sum of what the workers passed as `request`
     data_wait_s: float  # of the worker that waited longest for its micro-batches, and so for that long of all
@@ -100,7 +101,7 @@ def run_step(
         line[_FIRST] = torch.from_numpy(micro_batch.row_ids_M3[0])
         line[_LAST] = torch.from_numpy(micro_batch.row_ids_M3[-1])
         line[_DIGEST] = micro_batch.digest()
-        line[_CROPPED] = int(micro_batch.cropped_M.sum())
+        line[_CROPPED], line[_PADDING] = int(micro_batch.cropped_M.sum()), int(micro_batch.padding_M.sum())
 
     own[_REQUEST], own[_INFINITE], own[_WAITED_US] = request, not optimizer.has_finite_gradients(), int(waited * 1e6)
     table = world.sum(table)
@@ -134,6 +135,7 @@ def run_step(
         targets=targets,
         stream_hash=stream_hash(lines[:, _DIGEST].tolist()),
         cropped_tokens=int(lines[:, _CROPPED].sum()),
+        padding_tokens=int(lines[:, _PADDING].sum()),
         last_row=last_row,
         request=int(workers[:, _REQUEST].sum()),
         data_wait_s=int(workers[:, _WAITED_US].max()) / 1e6,

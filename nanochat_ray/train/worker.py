@@ -48,6 +48,7 @@ from nanochat_ray.train.events import EventLog, read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Fence, GroupReplaced
 from nanochat_ray.train.loop import LEAVE, SAVE, Hooks, train
+from nanochat_ray.train.origin import START
 from nanochat_ray.train.out_of_memory import killed_advice, out_of_memory_advice
 from nanochat_ray.train.reports import (
     LAST_ERROR,
@@ -240,7 +241,8 @@ class _Worker:
             self.optimizer.load_state_dict(loaded.optimizer)
         elif self.job.initial_model is not None:
             base = Checkpoints.of(self.job.initial_model)
-            initial = retrying(lambda: base.load(warn, (MODEL, STATE)), base.folder, warn)
+            at_step = START if self.job.initial_model == self.job.stage else None  # what was imported into it
+            initial = retrying(lambda: base.load(warn, (MODEL, STATE), at_step), base.folder, warn)
             assert initial is not None, "the job checked that the initial model is there"
             self.model.load_state_dict(initial.model)
 
@@ -362,6 +364,7 @@ class _Worker:
             last_row=astuple(result.last_row),
             targets=result.targets,
             cropped_tokens=result.cropped_tokens,
+            padding_tokens=result.padding_tokens,
             workers=self.world.size,
             seconds=round(seconds, 4),
             data_wait_s=round(result.data_wait_s, 4),
