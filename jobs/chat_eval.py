@@ -1,76 +1,131 @@
-"""Ask a run's chat model its held-out questions and score the answers per kind of question.
+"""Evaluate a run's chat model: ChatCORE with its error bars, and the held-out questions of its finetuning mixture.
 
-    python -m jobs.chat_eval --run demo --max-per-task 50
+python -m jobs.chat_eval --run demo                                          # its own held-out questions
+python -m jobs.chat_eval --run d20 --tasks hub --eval-workers 8 --address auto
+python -m jobs.chat_eval --run d20 --tasks tasks/ --max-per-task 100 --watch   # each checkpoint, beside finetuning
 
-The questions are the test part of the mixture it was finetuned on: other wordings, other numbers, other letters.
+ChatCORE: ARC-Easy, ARC-Challenge, MMLU by the letters' logits, GSM8K and HumanEval by greedy replies; the mean of the
+centred accuracies. Programs that the model writes run in a sandbox. Held-out questions have other wordings, numbers and
+letters than those that were trained on.
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray import cli
-from nanochat_ray.errors import UsageError
-from nanochat_ray.storage import run_folder
+from nanochat_ray.errors import UsageError, UserError
+from nanochat_ray.storage import Folder, run_folder
 
-SAMPLES_PER_TASK = 4
+HELD_OUT_PER_TASK, SAMPLES_PER_TASK = 50, 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.chat_eval", __doc__, ["run", "storage"])
-    parser.add_argument("--max-per-task", type=int, default=50, help="questions of each kind")
-    parser.add_argument("--max-tokens", type=int, default=128, help="length of a reply, tool calls included")
+    shared = ["run", "storage", "sft", "dtype", "max-per-task", "eval-workers", "address", "compare", "watch"]
+    parser = cli.build_parser("jobs.chat_eval", __doc__, shared)
+    parser.add_argument(
+        "--tasks",
+        default=None,
+        help="ChatCORE's questions: hub | none | a folder of them as parquet (default: where --sft has them)",
+    )
+    parser.add_argument("--max-tokens", type=cli.at_least(1), default=512, help="of a reply, tool calls included")
     return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    if args.max_per_task < 1 or args.max_tokens < 1:
-        raise UsageError("--max-per-task and --max-tokens must be at least 1")
-    from nanochat_ray.engine.load import load_chat_model
-    from nanochat_ray.tasks.evaluate import Answer, accuracies, ask, first_of_each
-    from nanochat_ray.tasks.mixture import open_mixture, read_examples
+    from nanochat_ray.engine.load import require_trained
+    from nanochat_ray.eval.watch import NICENESS, new_steps
+    from nanochat_ray.train.checkpoint import Checkpoints
 
     stage = run_folder(args.storage, args.run) / "sft"
-    model = load_chat_model(args.storage, args.run)
-    mixture = open_mixture(stage / "data")
-    held_out = [example for unit in mixture.validation for example in read_examples(unit)]
-    examples = first_of_each(held_out, args.max_per_task)
-    print(f"asking {len(examples)} of {len(held_out)} held-out questions (step {model.about['step']})", flush=True)
-
-    answers: list[Answer] = ask(answerer(model.engine, args.max_tokens), examples)
-    tasks = accuracies(answers)
-    shown = first_of_each(answers, SAMPLES_PER_TASK)
-    samples = [{"source": answer.source, "question": answer.question, "answer": answer.answer} for answer in shown]
-    stage.write_json("chat_eval.json", {"step": model.about["step"], "tasks": tasks, "samples": samples})
-
-    print(f"\n{'questions':<16} {'right':>7} {'asked':>6} {'tool calls':>11}")
-    for name, task in tasks.items():
-        print(f"{name:<16} {task['accuracy']:>7.1%} {task['examples']:>6} {task['tool_calls']:>11}")
-    for answer in first_of_each(answers, 1):
-        print(f"\n{answer.question}\n  {answer.answer}")
-    return {"tasks": tasks, "artifacts": {"chat_eval": str(stage / "chat_eval.json")}}
+    chat = Chat(args, stage)
+    if args.watch:
+        means = {step: chat.of_step(step, NICENESS)["chat_core"]["mean"] for step in new_steps(stage)}
+        return {"chat_core": means, "artifacts": {"evaluations": str(stage / "evaluations.jsonl")}}
+    require_trained(args.storage, args.run, "sft")
+    step = Checkpoints.of(stage).newest_valid(cli.warn)
+    assert step is not None
+    result = chat.of_step(step)
+    stage.write_json("chat_eval.json", result)
+    return {**result, "artifacts": {"chat_eval": str(stage / "chat_eval.json")}}
 
 
-def answerer(engine: Any, max_tokens: int) -> Any:
-    """The engine as evaluate.ask wants it: messages in, the greedy reply as parts out."""
-    from nanochat_ray.chat import render_prompt
-    from nanochat_ray.engine.sampler import SamplingParams
+class Chat:
+    """What a chat model is asked: ChatCORE where its questions are to be had, and what its finetuning held out."""
 
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    def __init__(self, args: argparse.Namespace, stage: Folder) -> None:
+        from nanochat_ray.eval.chat_core import chat_core_of, held_out_tasks
+        from nanochat_ray.eval.measure import measured_before
+        from nanochat_ray.tasks.mixture import open_mixture, read_examples
 
-    def generate(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-        ids = render_prompt(engine.tokenizer, messages)
-        if len(ids) >= engine.context:
-            return []  # no room to answer: counts as wrong
-        parts: list[dict[str, str]] = []
-        for piece in engine.stream(ids, params):
-            if piece.tool is not None and piece.tool.result is not None:
-                parts.append({"type": "python", "text": piece.tool.expression})
-                parts.append({"type": "python_output", "text": piece.tool.result})
-            if piece.text:
-                parts.append({"type": "text", "text": piece.text})
-        return parts
+        self.args, self.stage = args, stage
+        self.core = chat_core_of(args.tasks, args.sft, args.max_per_task)
+        if not self.core and (args.watch or args.compare):
+            raise UsageError("--watch and --compare are about ChatCORE; say with --tasks where its questions are")
+        self.other = (
+            measured_before(run_folder(args.storage, args.compare) / "sft", "ChatCORE") if args.compare else None
+        )
+        self.held_out = []
+        if not args.watch and (stage / "data").exists():
+            examples = [example for unit in open_mixture(stage / "data").validation for example in read_examples(unit)]
+            asked = {task.name.lower() for task in self.core}
+            most = args.max_per_task or HELD_OUT_PER_TASK
+            self.held_out = [task for task in held_out_tasks(examples, most) if task.name not in asked]
+        if not self.core and not self.held_out:
+            raise UserError(f"nothing to ask: {stage} holds out no questions; say with --tasks where ChatCORE's are")
 
-    return generate
+    def of_step(self, step: int, niceness: int = 0) -> dict[str, Any]:
+        from nanochat_ray.eval.chat_exam import ChatExam
+        from nanochat_ray.eval.exam import RunModel
+        from nanochat_ray.eval.measure import compared, measure, subject_of, tell
+
+        args = self.args
+        model = RunModel(args.storage, args.run, "sft", step, args.dtype)
+        measured = measure(
+            "ChatCORE",
+            ChatExam(model, [*self.core, *self.held_out], args.max_tokens),
+            subject_of(model, self.stage),
+            max_per_task=args.max_per_task,
+            workers=cli.parse_range(args.eval_workers, "--eval-workers", least=1)[1],
+            address=args.address,
+            niceness=niceness,
+            mean_over=self.core,
+        )
+        result: dict[str, Any] = {"step": step, **self._held_out(measured.verdicts)}
+        if self.core:
+            from nanochat_ray.eval.sandbox import protections
+
+            measured.summary["protections"] = list(protections())
+            if self.other is not None:
+                measured.summary["comparison"] = compared(measured, self.core, self.other)
+            tell(measured.summary)
+            result["chat_core"] = measured.summary
+        return result
+
+    def _held_out(self, verdicts: Sequence[Any]) -> dict[str, Any]:
+        """Scores by source, and some answers; told to people, too."""
+        from nanochat_ray.tasks.conversations import spoken_text
+
+        tasks, samples = {}, []
+        if self.held_out:
+            print(f"\n{'held-out questions':<20} {'right':>7} {'asked':>6} {'tool calls':>11}")
+        for task in self.held_out:
+            answers = [verdict for verdict in verdicts if verdict.task == task.name]
+            right = sum(answer.correct for answer in answers) / len(answers)
+            called = sum(answer.tool_calls > 0 for answer in answers)
+            tasks[task.name] = {"accuracy": right, "examples": len(answers), "tool_calls": called}
+            print(f"{task.name:<20} {right:>7.1%} {len(answers):>6} {called:>11}")
+            samples += [
+                {
+                    "source": task.name,
+                    "question": spoken_text(task.items[answer.index][-2]["content"]),
+                    "answer": answer.text,
+                }
+                for answer in answers[:SAMPLES_PER_TASK]
+            ]
+        for sample in {sample["source"]: sample for sample in reversed(samples)}.values():
+            print(f"\n{sample['question']}\n  {sample['answer']}")
+        return {"tasks": tasks, "samples": samples}
 
 
 if __name__ == "__main__":

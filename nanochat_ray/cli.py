@@ -23,7 +23,9 @@ TRAINING_FLAGS = (
 )  # fmt: skip
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is a whole number with a lower bound."""
+
     def integer(text: str) -> int:
         value = int(text)
         if value < least:
@@ -58,15 +60,26 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
     "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
     "corpus": dict(default="demo", help="demo | fineweb-edu | climbmix | a folder or URI of parquet shards"),
-    "shards": dict(
-        type=_at_least(1), default=None, help="take the first N training shards (plus the validation shard)"
-    ),
+    "shards": dict(type=at_least(1), default=None, help="take the first N training shards (plus the validation shard)"),
     "sft": dict(default="demo", help="demo | hub | a folder or file of chats with a `messages` column"),
     "tasks": dict(default=None, help="folder of GSM8K, MMLU and ARC as parquet (default: beside --sft, else none)"),
+    "bundle": dict(
+        default=None,
+        help="CORE's questions: public (downloaded once) | none | a folder or URI that has them (default: public, but "
+        "none for the demo corpus)",
+    ),
+    "max-per-task": dict(type=at_least(1), default=None, help="questions of each task (default: all)"),
+    "eval-workers": dict(
+        default="1", metavar="N", help="processes that evaluate at most; as many work as the cluster has room for"
+    ),
+    "compare": dict(default=None, metavar="RUN", help="also the difference to a run that was evaluated before"),
+    "watch": dict(
+        action="store_true", help="evaluate each new checkpoint while the run is trained, giving way to the training"
+    ),
     "depth": dict(type=int, default=None, help="the one dial: number of layers, from which all else follows"),
     "preset": dict(default=None, help="tiny | d12 | d20 | d24 | d26 | d32"),
     "workers": dict(default="1", help="training workers: N, or MIN:MAX for an elastic group"),
-    "steps": dict(type=_at_least(1), default=None, help="number of optimizer steps (default: from the plan)"),
+    "steps": dict(type=at_least(1), default=None, help="number of optimizer steps (default: from the plan)"),
     "seed": dict(type=_seed, default=42, help="seed of initialisation, data order and sampling"),
     "address": dict(default=None, help="Ray cluster to join (default: start a local one)"),
     "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
@@ -77,17 +90,17 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "compile": dict(
         default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"
     ),
-    "eval-every": dict(type=_at_least(1), default=None, help="steps between evaluations (default: four per run)"),
-    "eval-tokens": dict(type=_at_least(1), default=None, help="tokens of one evaluation (default: 2 %% of training)"),
+    "eval-every": dict(type=at_least(1), default=None, help="steps between evaluations (default: four per run)"),
+    "eval-tokens": dict(type=at_least(1), default=None, help="tokens of one evaluation (default: 2 %% of training)"),
     "sample-tokens": dict(
-        type=_at_least(0), default=24, help="length of the samples written at each evaluation, 0 for none"
+        type=at_least(0), default=24, help="length of the samples written at each evaluation, 0 for none"
     ),
     "checkpoint-every": dict(
         type=_seconds,
         default=None,
         help="seconds between checkpoints, 0 for one at every step (default: from their cost and the failures seen)",
     ),
-    "keep-checkpoints": dict(type=_at_least(1), default=2, help="newest checkpoints to keep, besides the best one"),
+    "keep-checkpoints": dict(type=at_least(1), default=2, help="newest checkpoints to keep, besides the best one"),
     "spot-price": dict(type=_price, default=None, help="dollars per worker and hour on spot machines"),
     "on-demand-price": dict(type=_price, default=None, help="dollars per worker and hour on machines that stay"),
     "plan-only": dict(action="store_true", help="print the plan and exit; needs neither Ray nor a GPU"),
@@ -160,6 +173,11 @@ def _fail(args: argparse.Namespace, error: BaseException, exit_code: int, messag
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
+
+
+def was_submitted() -> bool:
+    """Whether this process is the driver of a job that was submitted to a cluster, which it is to work on."""
+    return "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
 
 
 def parse_workers(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import ray
 # A private name: the public way, `worker_process_setup_hook`, gives actors with another hook no way to replace it.
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
+from nanochat_ray.cli import was_submitted
 from nanochat_ray.errors import UserError
 
 # What the processes of every cluster shall find, local or joined.
@@ -63,6 +64,11 @@ class Cluster:
     nodes: int
     own: bool = False
 
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What each process with a model takes: a GPU if there are any, and a CPU."""
+        return {"GPU": 1.0, "CPU": 1.0} if self.gpus else {"CPU": 1.0}
+
     def describe(self) -> str:
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
         return f"Ray cluster {self.address}: {self.nodes} node(s), {self.cpus:g} CPU slots{gpus}"
@@ -84,7 +90,7 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
     if ray.is_initialized():  # a job that runs several stages connects once
         yield _describe(own=False)
         return
-    submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+    submitted = was_submitted()
     prepare_environment()
     ray._private.worker.print_to_stdstream = _leave_to_rays_logs
     if address is None and not submitted:

@@ -34,6 +34,7 @@ LAYERS = [
 RAY_SHELLS = {
     "nanochat_ray/bench/spot_cluster.py",
     "nanochat_ray/cluster.py",
+    "nanochat_ray/eval/pool.py",
     "nanochat_ray/stream/ray_stream.py",
     "nanochat_ray/train/elastic.py",
     "nanochat_ray/train/ray_trainer.py",

@@ -53,10 +53,15 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.context = model.context
-        windows = [group.window for group in model.groups]
-        blocks = _blocks_per_group(model, max_running, step_tokens, kv_bytes)
-        model.allocate(blocks)
-        self.scheduler = Scheduler(KVBlocks(windows, blocks), max_running, step_tokens)
+        self._blocks = _blocks_per_group(model, max_running, step_tokens, kv_bytes)
+        self._limits = max_running, step_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all replies and all that is stored: for a model whose blocks have been used by another meanwhile."""
+        self.model.allocate(self._blocks)
+        windows = [group.window for group in self.model.groups]
+        self.scheduler = Scheduler(KVBlocks(windows, self._blocks), *self._limits)
         self._over_before_begun: list[RunningReply] = []
 
     def add(self, prompt: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> "RunningReply":

@@ -5,6 +5,7 @@ a line `#### 42`, which is kept as text.
 """
 
 import re
+from decimal import Decimal
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder
@@ -14,7 +15,7 @@ from nanochat_ray.tasks.public_sets import PublicSet, read_split
 GSM8K = PublicSet("openai/gsm8k", "main", "gsm8k/main", ("question", "answer"))
 
 _CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
-_FINAL = re.compile(r"#### *(-?[\d.,]+)")
+_FINAL = re.compile(r"#### *\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
 
 
 def load_gsm8k(split: str, tasks: Folder | None) -> list[Conversation]:
@@ -49,7 +50,7 @@ def problem(question: str, answer: str) -> Conversation:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
 
 
-def final_number(text: str) -> str | None:
-    """The number after the last `####`, without thousands separators; None when there is none."""
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####`; None when there is none."""
     found = _FINAL.findall(text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
+    return Decimal(found[-1].replace(",", "")) if found else None

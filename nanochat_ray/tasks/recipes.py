@@ -62,6 +62,14 @@ def mixture_of(spec: str, tasks: str | None = None, seed: int = 42) -> Mixture:
     return folder_mixture(spec, tasks, seed)
 
 
+def tasks_of(spec: str, tasks: str | None) -> Folder | None:
+    """Where the task sets of a mixture are: the folder that was given, or the one beside its chats; None: nowhere."""
+    if tasks is not None:
+        return Folder.at(tasks)
+    beside = Folder.at(Folder.at(spec).uri.rpartition("/")[0]) / "tasks"
+    return beside if spec not in ("demo", "hub") and beside.exists() else None
+
+
 def demo_mixture(seed: int) -> Mixture:
     """The mixture of the embedded demo, about 300,000 tokens: what a tiny model can learn in a minute or two.
 
@@ -92,8 +100,7 @@ def folder_mixture(path: str, tasks: str | None = None, seed: int = 42, sizes: M
     """
     sizes = sizes or MixtureSizes()
     chats = Source("chats", *load_chats(path), sizes.chat_epochs)
-    beside = Folder.at(Folder.at(path).uri.rpartition("/")[0]) / "tasks"
-    place = Folder.at(tasks) if tasks is not None else beside if beside.exists() else None
+    place = tasks_of(path, tasks)
     public = [] if place is None else _public_sources(place, seed, sizes)
     if tasks is not None and not public:
         raise UserError(

@@ -169,9 +169,8 @@ def require_workers(cluster: Cluster, workers: tuple[int, int]) -> dict[str, flo
     Raises:
         UserError: the cluster can never hold the fewest workers.
     """
-    resources = {"GPU": 1.0, "CPU": 1.0} if cluster.gpus else {"CPU": 1.0}
-    require_room(cluster, workers[0], resources)
-    return resources
+    require_room(cluster, workers[0], cluster.per_worker)
+    return cluster.per_worker
 
 
 def _dataset_from_checkpoint(job: TrainingJob) -> ray.data.Dataset:

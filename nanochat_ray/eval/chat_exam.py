@@ -1,0 +1,86 @@
+"""ChatCORE and held-out questions as an exam: one model that scores letters and writes replies, in turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_ray.chat import render_prompt
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.sampler import SamplingParams
+from nanochat_ray.eval.chat_core import LETTERS, ChatTask, judge_reply, letter_question, prompt_of
+from nanochat_ray.eval.exam import Grade, Piece, RunModel
+from nanochat_ray.eval.question import Verdict, judge
+from nanochat_ray.tasks.conversations import Conversation
+
+MAX_REPLY_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ChatExam:
+    """Tasks for a chat model of a run.
+
+    max_tokens   of a reply, tool calls included
+    """
+
+    model: RunModel
+    tasks: Sequence[ChatTask]
+    max_tokens: int = MAX_REPLY_TOKENS
+
+    def begin(self) -> Grade:
+        from nanochat_ray.engine.load import load_chat_model
+
+        model = self.model
+        loaded = load_chat_model(model.storage, model.run, model.stage, dtype=model.dtype, step=model.step)
+        return chat_grader(self.tasks, loaded.engine, self.max_tokens)
+
+
+def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int) -> Grade:
+    """Grades with an engine, whose model's blocks it takes for scoring between replies."""
+    from nanochat_ray.eval.sandbox import run_program
+    from nanochat_ray.eval.scorer import StepScorer
+
+    by_name = {task.name: task for task in tasks}
+    tokenizer: Any = engine.tokenizer
+
+    def grade(piece: Piece) -> list[Verdict]:
+        task = by_name[piece.task]
+        if task.kind == LETTERS:
+            scorer = StepScorer(engine.model)
+            questions = [letter_question(task, index, tokenizer, scorer.limit) for index in piece.indices]
+            verdicts = [judge(question, ends, tokenizer.decode) for question, ends in scorer.score(questions)]
+            engine.reset()
+            return verdicts
+        replies = write_replies(engine, [prompt_of(task, index) for index in piece.indices], max_tokens)
+        return [
+            judge_reply(task, index, reply, lambda checked: run_program(checked.program, checked.tests).passed)
+            for index, reply in zip(piece.indices, replies, strict=True)
+        ]
+
+    return grade
+
+
+def write_replies(engine: Engine, prompts: Sequence[Conversation], max_tokens: int) -> list[list[dict[str, str]]]:
+    """A greedy reply to each conversation, as parts, all of them at once; [] where the prompt leaves no room.
+
+    Raises:
+        Exception: what the model's step raised.
+    """
+    tokenizer: Any = engine.tokenizer
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    replies: list[list[dict[str, str]]] = [[] for _ in prompts]
+    place = {}
+    for number, messages in enumerate(prompts):
+        ids = render_prompt(tokenizer, messages)
+        if len(ids) < engine.context:
+            place[engine.add(ids, params)] = number
+    while engine.busy:
+        for reply, outcome in engine.step():
+            if isinstance(outcome, Exception):
+                raise outcome
+            for piece in outcome:
+                if piece.tool is not None and piece.tool.result is not None:
+                    replies[place[reply]].append({"type": "python", "text": piece.tool.expression})
+                    replies[place[reply]].append({"type": "python_output", "text": piece.tool.result})
+                if piece.text:
+                    replies[place[reply]].append({"type": "text", "text": piece.text})
+    return replies

@@ -1,0 +1,147 @@
+"""What became of each question, kept as it comes in: parquet parts while an exam runs, one file when it is over.
+
+    <stage>/evaluations/<name>/part_00000.parquet …   while it runs; each appears whole
+    <stage>/evaluations/<name>/results.parquet        all of it
+
+The folder's name has the exam's identity, so that a re-run finds its own and goes on, and never another's.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat_ray.errors import UserError
+from nanochat_ray.eval.exam import Task
+from nanochat_ray.eval.question import Verdict
+from nanochat_ray.eval.summary import TaskResult
+from nanochat_ray.storage import Folder
+
+WRITE_EVERY_S = 5.0  # what a lost driver loses
+_FINISHED = "results.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("index", pa.int32()),  # its place in the shuffled task
+        ("prompt_hash", pa.string()),
+        ("prediction", pa.string()),
+        ("scores", pa.list_(pa.float32())),  # mean loss of each choice, in nats
+        ("correct", pa.bool_()),
+        ("text", pa.string()),  # the whole reply, where one was written
+        ("tool_calls", pa.int32()),
+    ]
+)
+
+
+class Results:
+    """The verdicts of one exam.
+
+    Raises:
+        UserError: what is stored there is damaged.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._known = {(verdict.task, verdict.index): verdict for verdict in read_results(folder)}
+        self._unwritten: list[Verdict] = []
+        self._parts = len(_parts(folder))
+        self._written_at = time.monotonic()
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """(task, index) of the questions that need not be asked again."""
+        return set(self._known)
+
+    def add(self, verdicts: Iterable[Verdict]) -> None:
+        """Keep them; written within WRITE_EVERY_S, as long as more come."""
+        for verdict in verdicts:
+            self._known[verdict.task, verdict.index] = verdict
+            self._unwritten.append(verdict)
+        if time.monotonic() - self._written_at >= WRITE_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what came since the last time.
+
+        Raises:
+            UserError: the storage refuses.
+        """
+        if self._unwritten:
+            self._write(f"part_{self._parts:05d}.parquet", self._unwritten)
+            self._parts += 1
+            self._unwritten = []
+        self._written_at = time.monotonic()
+
+    def finish(self) -> list[Verdict]:
+        """Everything in one file, by task and place; returns it."""
+        verdicts = [self._known[key] for key in sorted(self._known)]
+        if self._parts or self._unwritten:
+            self._write(_FINISHED, verdicts)
+            self._unwritten = []
+            for name in _parts(self.folder):
+                self.folder.delete(name)
+            self._parts = 0
+        return verdicts
+
+    def _write(self, name: str, verdicts: Sequence[Verdict]) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([asdict(verdict) for verdict in verdicts], schema=_SCHEMA), sink)
+        try:
+            self.folder.write(name, sink.getvalue().to_pybytes())
+        except OSError as error:
+            raise UserError(
+                f"results cannot be written to {self.folder} ({error}); free space, then run the same command again"
+            ) from error
+
+
+def by_task(tasks: Iterable[Task], verdicts: Iterable[Verdict]) -> dict[str, TaskResult]:
+    """Which answers were right, by task; those of tasks that are not asked for are left out."""
+    correct: dict[str, list[bool]] = {}
+    for verdict in verdicts:
+        correct.setdefault(verdict.task, []).append(verdict.correct)
+    return {
+        task.name: TaskResult(task.kind.replace("_", " "), task.shots, task.baseline, np.array(correct[task.name]))
+        for task in tasks
+    }
+
+
+def aligned(ours: Sequence[Verdict], theirs: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """Two models' verdicts on the same questions, in the same order.
+
+    Raises:
+        UserError: they were not asked the same.
+    """
+    first, second = ({(verdict.task, verdict.index): verdict for verdict in verdicts} for verdicts in (ours, theirs))
+    for key in sorted(first.keys() | second.keys()):
+        if key not in first or key not in second or first[key].prompt_hash != second[key].prompt_hash:
+            raise UserError(
+                f"the two models were not asked the same: question {key[1]} of {key[0]} differs or is missing; "
+                "evaluate both with the same questions and --max-per-task"
+            )
+    return [first[key] for key in sorted(first)], [second[key] for key in sorted(first)]
+
+
+def read_results(folder: Folder) -> list[Verdict]:
+    """All verdicts that a folder has, of a finished or an interrupted exam.
+
+    Raises:
+        UserError: a file is damaged; names it.
+    """
+    names = [*([_FINISHED] if folder.exists(_FINISHED) else []), *_parts(folder)]
+    verdicts: list[Verdict] = []
+    for name in names:
+        try:
+            rows = pq.read_table(pa.BufferReader(folder.read(name)), schema=_SCHEMA).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{folder / name} is damaged ({error}); delete it, and its questions are asked again"
+            ) from error
+        verdicts += [Verdict(**{**row, "scores": tuple(row["scores"])}) for row in rows]
+    return verdicts
+
+
+def _parts(folder: Folder) -> list[str]:
+    return [name for name in folder.list() if name.startswith("part_") and name.endswith(".parquet")]
