@@ -15,9 +15,9 @@ from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
 from nanochat_ray.train.checkpoint import (
     Checkpoints,
     TrainState,
-    _from_safetensors,
-    _in_safetensors,
     build_model,
+    from_safetensors,
+    in_safetensors,
     load_model,
 )
 
@@ -248,8 +248,8 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.in
 @given(st.lists(st.tuples(dtypes, st.lists(st.integers(0, 5), max_size=3)), max_size=6))
 def test_our_reader_and_writer_agree_with_the_library_whatever_the_order_of_the_types(entries):
     tensors = {f"t{n}": torch.randn(shape).mul(9).to(dtype) for n, (dtype, shape) in enumerate(entries)}
-    data = b"".join(bytes(piece) for piece in _in_safetensors(tensors))
-    theirs, ours = load_with_the_library(data), _from_safetensors(bytearray(data))
+    data = b"".join(bytes(piece) for piece in in_safetensors(tensors))
+    theirs, ours = load_with_the_library(data), from_safetensors(bytearray(data))
     assert ours.keys() == theirs.keys() == tensors.keys()
     for name, tensor in tensors.items():
         for read in (ours[name], theirs[name]):

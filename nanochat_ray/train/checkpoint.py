@@ -125,8 +125,8 @@ class Checkpoints:
 
     def _write(self, place: Folder, state: TrainState, model: Tensors, optimizer: Tensors, fence: Fence | None) -> int:
         content: dict[str, Iterable[Buffer]] = {
-            MODEL: _in_safetensors(model),
-            OPTIMIZER: _in_safetensors(optimizer),
+            MODEL: in_safetensors(model),
+            OPTIMIZER: in_safetensors(optimizer),
             STATE: [json.dumps(state.to_dict(), indent=2).encode()],
         }
         seals = {name: _Seal() for name in content}
@@ -184,7 +184,7 @@ class Checkpoints:
             if found is None:
                 return None
             read = found[1]
-        tensors = [_from_safetensors(read.pop(name)) if name in files else {} for name in (MODEL, OPTIMIZER)]
+        tensors = [from_safetensors(read.pop(name)) if name in files else {} for name in (MODEL, OPTIMIZER)]
         return Loaded(TrainState.from_dict(json.loads(read[STATE])), tensors[0], tensors[1])
 
     def _newest(self, look: Callable[[int], Look], warn: Callable[[str], None]) -> tuple[int, Look] | None:
@@ -246,10 +246,10 @@ class Checkpoints:
         return TrainState.from_dict((self.folder / _name(step)).read_json(STATE))
 
     def model(self, step: int) -> Tensors:
-        return _from_safetensors(bytearray((self.folder / _name(step)).read(MODEL)))
+        return from_safetensors(bytearray((self.folder / _name(step)).read(MODEL)))
 
     def optimizer(self, step: int) -> Tensors:
-        return _from_safetensors(bytearray((self.folder / _name(step)).read(OPTIMIZER)))
+        return from_safetensors(bytearray((self.folder / _name(step)).read(OPTIMIZER)))
 
     def prune(self, keep: int, best: int | None = None) -> None:
         """Delete what is older than the newest `keep` (at least 1) finished checkpoints, but for the `best` step's.
@@ -296,13 +296,14 @@ def _sealed(pieces: Iterator[bytes], name: str, expected: dict[str, Any]) -> Ite
         raise _Damaged(f"{name} is not what was written")
 
 
-def _in_safetensors(tensors: Tensors) -> Iterator[Buffer]:
+def in_safetensors(tensors: Tensors, notes: dict[str, str] | None = None) -> Iterator[Buffer]:
     """The tensors in the safetensors format, one at a time: the library's own writer first copies all of them.
 
     Format: length of the header (8 bytes, little-endian), the header as JSON padded to 8 bytes, the data one after
-    another (https://github.com/huggingface/safetensors#format).
+    another (https://github.com/huggingface/safetensors#format). `notes` are text in the header, for other readers.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": notes} if notes else {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -313,11 +314,13 @@ def _in_safetensors(tensors: Tensors) -> Iterator[Buffer]:
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _from_safetensors(data: bytearray) -> Tensors:
+def from_safetensors(data: bytearray) -> Tensors:
     """The tensors of a file in that format, as views of `data`: the library's own reader copies all of them."""
     (length,) = struct.unpack_from("<Q", data)
     tensors: Tensors = {}
-    for name, entry in json.loads(data[8 : 8 + length]).items():
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
         start, end = entry["data_offsets"]
         whole = torch.empty(0, dtype=torch.uint8)
         if end > start:
@@ -334,6 +337,20 @@ def build_model(plan: Plan) -> GPT:
     model = GPT(GPTConfig.from_shape(plan.model))
     model.init_weights(plan.seed)
     return model
+
+
+def imported_digest(stage: Folder) -> str:
+    """The digest of the weights that were imported into a stage.
+
+    Raises:
+        UserError: they are not there: the import never finished, or they were deleted.
+    """
+    try:
+        return Checkpoints.of(stage).digest(START)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{stage} was imported, but its checkpoint of step {START} is not there: run the import again"
+        ) from error
 
 
 def load_model(
