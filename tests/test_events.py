@@ -141,12 +141,13 @@ def test_at_each_evaluation_one_sample_is_shown_on_one_line_whatever_the_model_s
         {"prompt": "Once", "text": " upon\n\n a \x1b[31mtime " + "and " * 50},
         {"prompt": "Not", "text": "shown"},
     ]
+    line.show({"kind": "eval", "step": 38, "val_bpb": 1.75})
     line.show({"kind": "samples", "step": 38, "samples": samples})
     line.show({"kind": "samples", "step": 50, "samples": []})
     (shown,) = capsys.readouterr().out.splitlines()
-    assert shown.startswith("step  38/150 | Once → upon a �[31mtime and and")
+    assert shown.startswith("step  38/150 | bpb 1.7500 | Once → upon a �[31mtime and and")
     assert shown.endswith(" …")
-    assert len(shown) < 120
+    assert len(shown) < 130
 
 
 def test_on_a_terminal_the_line_is_redrawn_in_place(capsys):

@@ -236,7 +236,7 @@ def look_at_epoch(source: RowSource, units: Sequence[Unit]) -> EpochFacts:
         rows, positions = rows + len(packed.tokens_NT), positions + packed.tokens_NT.size
         cropped, padding = cropped + int(packed.cropped_N.sum()), padding + int(packed.padding_N.sum())
     return EpochFacts(
-        rows=rows * len(units) // len(sampled),
+        rows=rows * sum(unit.bytes for unit in units) // sum(unit.bytes for unit in sampled),
         fill=1 - padding / max(positions, 1),
         cropped=cropped / max(positions - padding + cropped, 1),
     )

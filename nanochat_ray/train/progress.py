@@ -59,8 +59,8 @@ class ProgressLine:
             self._val_bpb = event["val_bpb"]
         elif kind == "samples" and event["samples"]:
             first = event["samples"][0]  # the same prompt each time: it is the change that tells something
-            text = _one_line(f"{first['prompt']} → {first['text']}")
-            self._print(f"step {event['step']:>{len(str(self._total))}}/{self._total} | {text}")
+            said = _one_line(f"{first['prompt']} → {first['text']}")
+            self._print(f"{self._step(event['step'])} | {self._bpb()} | {said}")
         elif kind == "step":
             self._recent_seconds.append(event["seconds"])
             self._draw(self.text(event), last=event["step"] + 1 == self._total)
@@ -68,9 +68,9 @@ class ProgressLine:
     def text(self, event: dict[str, Any]) -> str:
         left = (self._total - event["step"] - 1) * median(self._recent_seconds or [0.0])
         parts = [
-            f"step {event['step'] + 1:>{len(str(self._total))}}/{self._total}",
+            self._step(event["step"] + 1),
             f"loss {event['loss']:.4f}",
-            f"bpb {self._val_bpb:.4f}" if self._val_bpb is not None else "bpb -",
+            self._bpb(),
             f"{event['tok_per_s']:,.0f} tok/s",
             f"mfu {event['mfu']:.0%}" if event["mfu"] else "mfu -",
             f"workers {event['workers']}",
@@ -79,6 +79,12 @@ class ProgressLine:
             f"eta {int(left) // 60}m{int(left) % 60:02d}s",
         ]
         return " | ".join(parts)
+
+    def _step(self, done: int) -> str:
+        return f"step {done:>{len(str(self._total))}}/{self._total}"
+
+    def _bpb(self) -> str:
+        return f"bpb {self._val_bpb:.4f}" if self._val_bpb is not None else "bpb -"
 
     def finish(self) -> None:
         if self._open:
