@@ -164,11 +164,10 @@ def _keep(program: str, tests: str, limits: Limits, without: Collection[str], fo
         "program": program,
         "limits": asdict(limits),
         "without": sorted(without),
-        "folder": folder,
         "parent": os.getpid(),
     }
     process = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-c", _KEEPER],
+        [sys.executable, "-s", "-S", "-c", _KEEPER, folder],  # so that `ps` tells whose it is
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

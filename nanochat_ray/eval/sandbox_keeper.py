@@ -11,6 +11,7 @@ import json
 import os
 import selectors
 import signal
+import sys
 import time
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -22,8 +23,8 @@ _SAID_MOST = 1 << 16  # bytes of a message of the judge
 
 
 def main() -> None:
-    """Read a job from stdin, run it, write the report to stdout: one message each, as `sandbox_judge.send` writes."""
-    job = sandbox_judge.receive(0)
+    """Read a job from stdin, run it in the folder named as argument, write the report to stdout."""
+    job = sandbox_judge.receive(0) | {"folder": sys.argv[1]}
     sandbox_walls.die_with_parent(job["parent"])
     sandbox_walls.adopt_orphans()
     os.umask(0o022)
