@@ -1,6 +1,8 @@
 """Finetune a run's base model on conversations. Run the same command again to continue.
 
 python -m jobs.sft --run d20 --sft hub --workers 2:16
+
+A chat model that was imported as the run's sft stage is finetuned further, from its own weights.
 """
 
 import argparse
@@ -26,17 +28,20 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.tasks.mixture import write_mixture
     from nanochat_ray.tasks.recipes import mixture_of
     from nanochat_ray.tokenizer import Tokenizer
-    from nanochat_ray.train.checkpoint import Checkpoints
+    from nanochat_ray.train.checkpoint import Checkpoints, imported_digest
     from nanochat_ray.train.lease import Lease, clear_stage
+    from nanochat_ray.train.origin import START, Origin
 
     workers = cli.parse_workers(args.workers)
     if args.epochs <= 0:
         raise UsageError(f"--epochs {args.epochs} must be more than 0")
     run = run_folder(args.storage, args.run)
-    base, stage = run / "base", run / "sft"
-    base_step = Checkpoints.of(base).newest_valid(cli.warn)
+    stage = run / "sft"
+    base = stage if Origin.of(stage) else run / "base"
+    base_step = START if base == stage else Checkpoints.of(base).newest_valid(cli.warn)
     if base_step is None:
         raise UserError(f"no base model in {base}: run `python -m jobs.pretrain --run {args.run}` first")
+    initial_digest = imported_digest(stage) if base == stage else Checkpoints.of(base).digest(base_step)
     base_plan = Checkpoints.of(base).state(base_step).plan
     if base_step < base_plan.steps:
         raise UserError(
@@ -50,7 +55,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         untouched = args.plan_only or args.fresh  # what the run holds stays as it is until everything is checked
         with tempfile.TemporaryDirectory() as scratch:
             place = Folder.at(scratch) if untouched else stage / "data"
-            corpus = write_mixture(mixture, place, replace=untouched or not Checkpoints.of(stage).steps())
+            corpus = write_mixture(mixture, place, replace=untouched or not any(Checkpoints.of(stage).steps()))
             epoch = look_at_epoch(source, corpus.train)
         rows = int(args.epochs * epoch.rows)
         plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
@@ -78,7 +83,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 validation_units=corpus.validation,
                 corpus_fingerprint=corpus.fingerprint,
                 initial_model=base,
-                initial_digest=Checkpoints.of(base).digest(base_step),
+                initial_digest=initial_digest,
                 fence=lease.fence,
             )
             filled = f"{epoch.fill:.1%} of the positions filled"

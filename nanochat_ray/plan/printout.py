@@ -83,7 +83,7 @@ def _horizon_rows(plan: Plan) -> list[Row]:
 
 
 def _optimizer_rows(plan: Plan) -> list[Row]:
-    rates = plan.rates
+    rates, model = plan.rates, plan.model
     scale = plan.rules.get("rate_scale", "")
     rows = [
         ("rate, embedding", f"{rates.embedding:.4g}", scale + "0.3 · sqrt(B/2^19) · (width/768)^-1/2, AdamW"),
@@ -94,6 +94,13 @@ def _optimizer_rows(plan: Plan) -> list[Row]:
         ("rate, residual scalars", f"{rates.residual_scalar:.4g}", "a hundredth of it"),
         ("rate, smear and backout", f"{rates.smear:.4g}", "fixed"),
     ]
+    absent = {
+        "rate, value embeddings": not model.value_embeddings,
+        "rate, x0 scalars": not model.layer_scalars,
+        "rate, residual scalars": not model.layer_scalars,
+        "rate, smear and backout": not (model.smear or model.backout),
+    }
+    rows = [row for row in rows if not absent.get(row[0])]
     if plan.stage == SFT:
         rows = [(name, value, plan.rules["rates"]) for name, value, _ in rows]
         return [
