@@ -94,7 +94,7 @@ def tokenizer_config(context: int, end: str) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
         "eos_token": f"<|{end}|>",
-        "pad_token": "<|bos|>",
+        "pad_token": "<|assistant_end|>",
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
