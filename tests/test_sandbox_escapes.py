@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ TESTS = "def check(f):\n    assert f(123) == 123 * 123\ncheck(solution.f)\n"
 SECRET = "swordfish-4711"
 WRONG = "\ndef f(x): return -1\n"
 QUICK = Limits(wall_s=1.5, cpu_s=1, memory_bytes=256 << 20, box_bytes=4 << 20, file_bytes=2 << 20, output_bytes=1 << 18)
+PATIENT = replace(QUICK, wall_s=20, cpu_s=10)  # for what ends by itself, however busy the machine is
 
 FAILED, TIMED_OUT, OUT_OF_MEMORY = {Outcome.FAILED}, {Outcome.TIMED_OUT}, {Outcome.OUT_OF_MEMORY}
 KILLED, TOO_LONG = {Outcome.KILLED}, {Outcome.OUTPUT_TOO_LONG}
@@ -80,10 +82,11 @@ CHEATS = {
     ),
     "it looks for the tests in all of its memory": (
         FAILED | KILLED,
-        "import re\ndef f(x):\n  wanted = b'check(' + b'solution.f)'\n"
-        "  for line in open('/proc/self/maps'):\n    a, b = (int(n, 16) for n in line.split()[0].split('-'))\n"
+        "import re\ndef f(x):\n  for line in open('/proc/self/maps'):\n"
+        "    a, b = (int(n, 16) for n in line.split()[0].split('-'))\n"
         "    try:\n      with open('/proc/self/mem', 'rb') as m:\n        m.seek(a)\n"
-        "        if wanted in m.read(b - a): return x * x\n    except (OSError, OverflowError): pass\n  return -1",
+        "        if re.search(rb'check[(]solution[.]f[)]', m.read(b - a)): return x * x\n"
+        "    except (OSError, OverflowError): pass\n  return -1",
     ),
     "it looks for the tests in every file it has": (
         FAILED,
@@ -126,11 +129,12 @@ HARM = {
     "memory bomb at once": (OUT_OF_MEMORY, "def f(x): return 'a' * 10**11"),
     "memory that is a file": (
         FAILED | OUT_OF_MEMORY,
-        "import os\nfd = [os.memfd_create('x') for _ in range(50)]\nfor each in fd: os.write(each, bytes(10**8))" + WRONG,
+        "import os\nfd = [os.memfd_create('x') for _ in range(50)]\n"
+        "for each in fd: os.write(each, bytes(10**8))" + WRONG,
     ),
     "endless output": (TOO_LONG, "while True: print('x' * 1000)"),
     "endless errors": (TOO_LONG, "import sys\nwhile True: sys.stderr.write('x' * 1000)"),
-    "output that is no text": (FAILED, "import os\nos.write(1, bytes(range(256)) * 9)\nos.write(2, b'\\xff\\xfe')" + WRONG),
+    "output that is no text": (FAILED, "import os\nos.write(1, bytes(range(256)))\nos.write(2, b'\\xff\\xfe')" + WRONG),
     "endless loop": (TIMED_OUT, "while True: pass"),
     "endless sleep": (TIMED_OUT, "import time\ndef f(x): time.sleep(999)"),
     "endless loop in a finalizer": (
@@ -192,16 +196,16 @@ HARM = {
     ),
     "a daemon writes later": (
         FAILED,
-        "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    os.setsid()\n    time.sleep(0.7)\n"
-        "    open('{outside}/escaped', 'w').write('x')\n  os._exit(0)" + WRONG,
+        "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    os.setsid()\n"
+        "    time.sleep(0.7)\n    open('{outside}/escaped', 'w').write('x')\n  os._exit(0)" + WRONG,
     ),
     "it writes outside of its folder": (
         FAILED,
-        "import os\nfor place in ('{outside}/escaped', '/etc/escaped', '/root/escaped', '/dev/shm/escaped',\n"
-        "              os.path.expanduser('~root/escaped'), '/usr/lib/escaped', os.__file__):\n"
-        "  try: open(place, 'a').write('x'); assert place.startswith('/tmp/'), place\n  except OSError: pass\n"
+        "import os\nfor place, how in (('{outside}/escaped', os.O_CREAT), ('/dev/shm/escaped', os.O_CREAT),\n"
+        "                   ('{outside}/kept', 0), ('/etc/hosts', 0), (os.__file__, 0)):  # opened, never written\n"
+        "  try: os.open(place, os.O_WRONLY | how); print('escaped')\n  except OSError: pass\n"
         "for make in (lambda p: os.mkdir(p), lambda p: os.symlink('/', p), lambda p: os.mkfifo(p)):\n"
-        "  try: make('{outside}/escaped')\n  except OSError: pass\n"
+        "  try: make('{outside}/escaped'); print('escaped')\n  except OSError: pass\n"
         "try: os.remove('{private}')\nexcept OSError: pass" + WRONG,
     ),
     "it reads what is private": (
@@ -226,8 +230,9 @@ HARM = {
     "it leaves links and closed folders": (
         FAILED | KILLED,
         "import os\nos.symlink('{outside}', 'link'); os.symlink('{outside}/kept', 'file'); os.symlink('loop', 'loop')\n"
-        "os.symlink('..', 'up')\nos.makedirs('a/b/c'); open('a/b/c/d', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)\n"
-        "here = os.getcwd()\nfor i in range(1500): os.mkdir('deep'); os.chdir('deep')\n"
+        "os.symlink('..', 'up')\nos.makedirs('a/b/c'); open('a/b/c/d', 'w').close()\n"
+        "os.chmod('a/b', 0); os.chmod('a', 0)\nhere = os.getcwd()\n"
+        "for i in range(1500): os.mkdir('deep'); os.chdir('deep')\n"
         "os.chdir(here)\ntry: os.rename(here, here + '2'); os.symlink('{outside}', here)\nexcept OSError: pass" + WRONG,
     ),
     "it connects": (
@@ -314,8 +319,10 @@ def run_all(programs, around, without=()):
     alive = threading.active_count()
     with ThreadPoolExecutor(4) as pool:
         started = {
-            name: pool.submit(run_program, around.fill(program), TESTS, QUICK, without)
-            for name, (_, program) in programs.items()
+            name: pool.submit(
+                run_program, around.fill(program), TESTS, QUICK if Outcome.TIMED_OUT in ends else PATIENT, without
+            )
+            for name, (ends, program) in programs.items()
         }
         results = {name: future.result() for name, future in started.items()}
     assert threading.active_count() == alive
@@ -329,7 +336,6 @@ def unhurt(around):
     assert (around.outside / "kept").read_text() == "kept"
     assert around.private.read_text() == SECRET
     assert around.heard() == []
-    assert not Path("/etc/escaped").exists()
     assert not Path("/dev/shm/escaped").exists()
 
 
@@ -341,16 +347,74 @@ def ended_otherwise(programs, results):
     }
 
 
-def test_no_cheat_passes(surroundings):
-    results = run_all(CHEATS, surroundings)
-    assert ended_otherwise(CHEATS, results) == {}
+def attempt(programs, around, without=()):
+    results = run_all(programs, around, without)
+    assert ended_otherwise(programs, results) == {}
+    wrote = {name: result.stdout + result.stderr + result.detail for name, result in results.items()}
+    assert not {name: text for name, text in wrote.items() if SECRET in text or "escaped" in text}
+    unhurt(around)
+    return results
+
+
+ALL = CHEATS | HARM
+LONG = {name: ALL[name] for name in ALL if Outcome.TIMED_OUT in ALL[name][0]}
+SHORT = {name: ALL[name] for name in ALL if name not in LONG}
+AT_ONCE = ("endless loop in a finalizer", "it ignores signals", "it stops itself", "fork bomb that ignores refusals")
+
+
+def test_what_neither_passes_nor_hurts(surroundings):
+    began = time.monotonic()
+    attempt(SHORT, surroundings)
+    time.sleep(max(0.0, began + 1.0 - time.monotonic()))  # longer than the daemon waits
     unhurt(surroundings)
 
 
-def test_no_harm_is_done(surroundings):
-    results = run_all(HARM, surroundings)
-    assert ended_otherwise(HARM, results) == {}
-    assert not [name for name, result in results.items() if SECRET in result.stdout + result.stderr + result.detail]
-    assert max(result.seconds for result in results.values()) < QUICK.wall_s + 1.5
-    time.sleep(0.8)  # longer than the daemon waits
+def test_what_would_go_on_for_ever_is_ended_in_time(surroundings):
+    results = attempt({name: ALL[name] for name in AT_ONCE}, surroundings)
+    assert max(result.seconds for result in results.values()) < QUICK.wall_s + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "missing",
+    [(), ("seccomp",), ("landlock",), ("seccomp", "landlock"), ("files",), ("namespaces",)],
+    ids=lambda missing: "all walls" if not missing else "without " + " and ".join(missing),
+)
+def test_no_single_wall_is_all_that_holds(missing, surroundings):
+    if not set(missing) & {"namespaces", "files"} or readable_by_others():
+        without = missing
+    else:
+        without = (*missing, "user")
+    results = attempt(ALL, surroundings, without)
+    assert not [result for result in results.values() if set(result.walls) & set(without)]
+    time.sleep(1)
     unhurt(surroundings)
+
+
+def readable_by_others():
+    """Whether the library is, of the Python that runs this; in a home folder it is not."""
+    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in Path(os.path.realpath(os.__file__)).parents)
+
+
+def test_a_folder_is_removed_whatever_is_in_it(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("kept")
+    folder = tmp_path / "box"
+    (folder / "a/b").mkdir(parents=True)
+    (folder / "a/b/file").write_text("x")
+    for name, target in [("link", kept), ("a/link", kept / "file"), ("loop", "loop"), ("up", "..")]:
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe")
+    (folder / "a/b").chmod(0)
+    (folder / "a").chmod(0)
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(1100):  # deeper than Python recurses, and longer than a path may be
+        os.mkdir("d", dir_fd=here)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+    remove_folder(str(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (kept / "file").read_text() == "kept"

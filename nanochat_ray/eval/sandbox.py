@@ -207,9 +207,11 @@ def remove_folder(folder: str) -> None:
                 continue
             os.chmod(entry.path, 0o700)
             with os.scandir(entry.path) as inner:
-                names = [child.name for child in inner]
-            for name in names:
+                children = list(inner)
+            for child in children:
+                if child.is_dir(follow_symlinks=False):
+                    os.chmod(child.path, 0o700)  # a folder that cannot be written cannot be moved either
                 number += 1
-                os.rename(os.path.join(entry.path, name), os.path.join(folder, f"{moved}-{number}"))
+                os.rename(child.path, os.path.join(folder, f"{moved}-{number}"))
             os.rmdir(entry.path)
     os.rmdir(folder)
