@@ -6,21 +6,21 @@ python -m jobs.tokenizer_eval --run d20 --corpus fineweb-edu
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import tiktoken
 
 from nanochat_ray import cli
-from nanochat_ray.data.corpus import Corpus, open_corpus, read_unit
+from nanochat_ray.data.corpus import Unit, open_corpus, read_unit
 from nanochat_ray.errors import UserError
 from nanochat_ray.reference_encodings import REFERENCE_FILES, reference_encoding
 from nanochat_ray.storage import data_folder, run_folder
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.tokenizer_samples import SAMPLES
 
-VALIDATION_CHARS = 5_000_000
+CORPUS_CHARS = 5_000_000  # of each split
 REPEATS = 3
 THREADS = (1, 2)
 
@@ -33,8 +33,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     folder = run_folder(args.storage, args.run) / "tokenizer"
     tokenizer = Tokenizer.load(folder)
     corpus = open_corpus(args.corpus, data_folder(args.storage), shards=1)  # validation is the same for any
-    validation = _validation_texts(corpus)
-    texts = {f"{corpus.name} (validation)": validation, **{name: [text] for name, text in SAMPLES.items()}}
+    validation = _first_texts(corpus.validation)
+    texts = {f"{corpus.name} (training)": _first_texts(corpus.train), f"{corpus.name} (validation)": validation}
+    texts |= {name: [text] for name, text in SAMPLES.items()}
     references = {name: reference_encoding(name) for name in REFERENCE_FILES}
 
     figures = {
@@ -50,14 +51,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {**figures, "artifacts": {"tokenizer_eval": str(folder / "eval.json")}}
 
 
-def _validation_texts(corpus: Corpus) -> list[str]:
+def _first_texts(units: Sequence[Unit]) -> list[str]:
     texts: list[str] = []
     chars = 0
-    for unit in corpus.validation:
+    for unit in units:
         for document in read_unit(unit):
             texts.append(document)
             chars += len(document)
-            if chars >= VALIDATION_CHARS:
+            if chars >= CORPUS_CHARS:
                 return texts
     return texts
 

@@ -7,9 +7,44 @@ walked to the mainland with their cows. "You could hear the ice thinking," he sa
 off, the fog had thinned to a kind of pale smoke, and the lighthouse stood in it like somebody waiting to be asked a
 question. We've crossed a hundred times since then; I'm still not sure whether he had made it up.
 
-Nutrition, transport and heating account for most of a household's emissions. Researchers therefore measured all three
-over five years, in cities as well as in rural districts, and found that the differences between neighbours were larger
-than the differences between countries.
+"And you?" she asked, after a while. "Did you ever go back?" He didn't answer at once. There was the garden, and the
+gate that wouldn't close, and his brother's boots by the door, as if it were any Sunday. "No," he said. "Somebody had to
+look after the bees."
+"""
+
+_NEWS = """\
+HARBOUR BRIDGE TO CLOSE FOR SIX WEEKS -- The city council voted 31-14 on Tuesday to shut the eastern lanes of the
+Harbour Bridge from March 3, after engineers found cracks in two of its 118 bearings. Traffic will be diverted through
+the tunnel, where tolls are to be waived between 6 a.m. and 9 a.m., a spokeswoman for the transport department said.
+
+Shares of the operator fell 4.2 per cent to $17.35. "We don't expect the repairs to exceed the $12 million we've set
+aside," Chief Executive Maria Okonkwo-Lindqvist told reporters. Opposition members, who had called for an independent
+inquiry as early as last November, described the decision as "too little, and about two years too late". Commuters'
+groups said they would decide on Friday whether to go to court.
+"""
+
+_SCIENCE = """\
+Mitochondria are the organelles in which most of a eukaryotic cell's adenosine triphosphate (ATP) is synthesised.
+Protons pumped across the inner membrane by complexes I, III and IV of the respiratory chain return through ATP
+synthase, and the free energy of that gradient, about 20 kJ/mol, drives phosphorylation of ADP.
+
+The samples were annealed at 450 °C for 12 h under argon and characterised by X-ray diffraction (Cu Kα, λ = 1.5406 Å).
+Lattice parameters obtained by Rietveld refinement differed by less than 0.3% from those of Chen et al. [14]; the band
+gap, 1.82 ± 0.04 eV, was estimated from diffuse reflectance. Reaction with dilute H2SO4 released CO2 quantitatively:
+CaCO3 + 2 H⁺ → Ca²⁺ + H2O + CO2. Among 1,204 participants (mean age 57.3 years, 48% female), treatment reduced
+systolic blood pressure by 6.1 mmHg (95% CI 4.2 to 8.0, p < 0.001), irrespective of baseline cholesterol.
+"""
+
+_MATHEMATICS = """\
+Theorem 2.4. Let f: [a, b] → R be continuous and differentiable on (a, b). If f'(x) = 0 for every x in (a, b), then f
+is constant. Proof. Suppose there are x < y with f(x) ≠ f(y). By the mean value theorem, (f(y) − f(x)) / (y − x) =
+f'(c) for some c between x and y, hence f'(c) ≠ 0, a contradiction. ∎
+
+A train covers 180 km in 2 hours and 15 minutes. What is its average speed? We divide 180 by 2.25 and obtain 80, so
+the train travels at 80 km/h. If n is odd, then n = 2k + 1 and n² = 4k² + 4k + 1 = 4(k² + k) + 1, which leaves the
+remainder 1 when divided by 4. The roots of x² − 5x + 6 = 0 are x₁ = 2 and x₂ = 3; their sum is 5, their product 6.
+For all ε > 0 there is an N such that |aₙ − a| < ε whenever n ≥ N; the series Σ 1/n² converges to π²/6, while Σ 1/n
+diverges.
 """
 
 _CODE = '''\
@@ -51,7 +86,7 @@ static size_t merge_ranges(struct range *r, size_t n) {
 }
 '''
 
-_SCRIPTS = """\
+_LANGUAGES = """\
 Поезд пришёл вечером, когда на площади уже зажгли фонари, и никто не встретил нас, кроме старой собаки.
 火车在傍晚到达，广场上的灯已经亮了。没有人来接我们，只有一条老狗坐在门口。
 夕方に列車が着いたとき、広場にはもう明かりがともっていた。迎えに来たのは年老いた犬だけだった。
@@ -96,9 +131,12 @@ $$ E(a, b) = \sum_{i=1}^{n} \left( y_i - a x_i - b \right)^2 . $$
 """
 
 SAMPLES = {
-    "English prose": _PROSE,
+    "prose": _PROSE,
+    "news": _NEWS,
+    "science": _SCIENCE,
+    "mathematics": _MATHEMATICS,
     "code": _CODE,
-    "other scripts": _SCRIPTS,
     "numbers": _NUMBERS,
     "Markdown and LaTeX": _MARKUP,
+    "other languages": _LANGUAGES,
 }

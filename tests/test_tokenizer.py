@@ -246,7 +246,7 @@ def test_the_evaluation_writes_what_the_report_reads(tmp_path, monkeypatch, caps
     saved = json.loads((tmp_path / "out/runs/r/tokenizer/eval.json").read_text())
     assert saved["round_trip"] is True
     assert set(saved["encode_mb_per_s"]) == {"1", "2"}
-    assert {row["text"] for row in saved["rows"]} == {"texts (validation)", *SAMPLES}
+    assert {row["text"] for row in saved["rows"]} == {"texts (training)", "texts (validation)", *SAMPLES}
     assert all(row["encoding"] == "ours" and row["bytes_per_token"] >= 1 for row in saved["rows"])
     assert "gpt2: not available offline" in capsys.readouterr().out
 

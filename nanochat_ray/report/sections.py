@@ -31,7 +31,8 @@ def _compression(evaluation: Json) -> list[Block]:
     rows = [
         (text, *(f"{found[text, name]:.2f}" if (text, name) in found else "" for name in encodings)) for text in texts
     ]
-    columns = ("bytes per token (more is better)", *encodings)
+    sizes = {"ours": evaluation["vocab_size"], **evaluation.get("references", {})}
+    columns = ("bytes per token (more is better)", *(f"{name}, {sizes[name]:,} tokens" for name in encodings))
     encode = evaluation.get("encode_mb_per_s", {})
     speeds = [
         f"encodes {speed} MB/s with {threads} {'thread' if threads == '1' else 'threads'}"
