@@ -45,7 +45,7 @@ def model_card(facts: Facts, dtype: str, plan: Plan) -> str:
     load = [
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n",
         '    folder = "."  # this folder, or its name on the hub',
-        "    tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"    tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         f"    model = AutoModelForCausalLM.from_pretrained(folder{trust}).eval()\n",
         _CHAT if chat else _TEXT,
     ]
