@@ -11,7 +11,7 @@ Shapes: B rows, T new positions, S positions with keys, D width, H query heads, 
 head, P = K/2, E = G·K, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,7 @@ class Step:
 
 
 class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
+    config: NanochatRayConfig
     config_class = NanochatRayConfig
     base_model_prefix = "model"
     _no_split_modules = ["Block"]  # noqa: RUF012 (as transformers has it)
@@ -297,7 +298,7 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
         self, ids_BT: torch.Tensor, x0_BTD: torch.Tensor, memory_BTD: torch.Tensor | None, step: Step
     ) -> torch.Tensor:
         x_BTD = middle_BTD = x0_BTD
-        for layer, block in enumerate(self.transformer["h"]):
+        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             value_BTE = self.value_embeds[str(layer)](ids_BT) if str(layer) in self.value_embeds else None
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x_BTD = self.resid_lambdas[layer] * x_BTD + self.x0_lambdas[layer] * x0_BTD
