@@ -126,7 +126,7 @@ def run_program(
     try:
         report = _keep(program, tests, limits, without, folder)
     finally:
-        remove_folder(folder)
+        _remove_when_left(folder)
     if report.get("outcome") not in set(Outcome):
         raise UserError(
             f"the sandbox for generated programs broke: {report.get('detail') or 'its keeper said nothing'}; "
@@ -187,6 +187,18 @@ def _keep(program: str, tests: str, limits: Limits, without: Collection[str], fo
         last = errors.decode(errors="replace").strip().splitlines()[-1:]
         return {"detail": last[0] if last else f"its keeper ended with {process.returncode}"}
     return dict(json.loads(said[4:]))
+
+
+def _remove_when_left(folder: str) -> None:
+    """Remove the folder; where the keeper was killed, its processes may take a moment to follow it."""
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            return remove_folder(folder)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def remove_folder(folder: str) -> None:
