@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jobs import export as export_job
-from nanochat_ray.errors import UserError
+from jobs import import_nanochat as import_job
+from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.exchange.bundle import MANIFEST, read_bundle
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.storage import Folder, run_folder
@@ -179,3 +180,21 @@ def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
         export(tmp_path, "--stage", "sft")
     with pytest.raises(UserError, match="step_000008 cannot be used"):
         export(tmp_path, "--step", "8")
+
+
+def test_a_bundle_is_imported_as_a_run_and_exported_from_there_with_the_same_weights(finished, tmp_path):
+    def run_import(*flags: str) -> dict:
+        given = ["--source", str(finished[0]), "--run", "r", "--storage", str(tmp_path), *flags]
+        return import_job.main(import_job.build_parser().parse_args(given))
+
+    assert run_import()["artifacts"]["sft"].endswith("r/sft")
+    assert run_import()["unchanged"]
+    folder = export(tmp_path)["artifacts"]["bundle"]
+    again, first = read_bundle(Folder.at(folder)), read_bundle(Folder.at(finished[0]))
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+    assert again.source["origin"]["digest"] == first.digest
+    assert f"| weights imported from | bundle {first.digest} |" in Path(folder, "README.md").read_text()
+    with pytest.raises(UsageError, match="bundle of stage sft: leave out --stage base"):
+        run_import("--stage", "base")
+    with pytest.raises(UsageError, match="leave out --tokenizer, --step"):
+        run_import("--step", "3")

@@ -16,10 +16,12 @@ from typing import Any
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.exchange.hf_model import MODELING, from_hf
+from nanochat_ray.exchange.stored_run import Imported
 from nanochat_ray.plan.shape import ModelShape
 from nanochat_ray.storage import Buffer, Folder
 from nanochat_ray.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import Tensors, from_safetensors
+from nanochat_ray.train.origin import Origin
 
 FORMAT = 1
 MANIFEST, WEIGHTS, TOKENIZER = "bundle.json", "model.safetensors", "tokenizer"
@@ -84,6 +86,16 @@ def read_bundle(folder: Folder) -> Bundle:
         raise _damaged(folder, TOKENIZER, "it is not the tokenizer that the model was trained with")
     tensors = from_hf(facts.shape, from_safetensors(weights))
     return Bundle(facts.shape, tensors, tokenizer, facts.stage, facts.source, manifest["digest"])
+
+
+def imported(bundle: Bundle, folder: Folder) -> Imported:
+    """What `store_run` writes as a stage of a run.
+
+    Args:
+        folder: where the bundle was read from; a note for people.
+    """
+    facts = {"source": str(folder), **{name: bundle.source.get(name) for name in ("run", "stage", "step", "tokens")}}
+    return Imported(bundle.tensors, bundle.tokenizer, Origin("bundle", bundle.digest, bundle.shape, facts))
 
 
 def verify_bundle(folder: Folder) -> str:
