@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.build_parser("jobs.sft", __doc__, [*cli.TRAINING_FLAGS, "sft", "tasks"])
     parser.add_argument("--epochs", type=float, default=1.0, help="times the mixture is seen")
     parser.add_argument("--batch-tokens", type=int, default=None, help="tokens of the global batch (default: as base)")
+    parser.add_argument("--micro-batch-rows", type=int, default=None, help="rows of a micro-batch (default: as base)")
     return parser
 
 
@@ -58,7 +59,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             corpus = write_mixture(mixture, place, replace=untouched or not any(Checkpoints.of(stage).steps()))
             epoch = look_at_epoch(source, corpus.train)
         rows = int(args.epochs * epoch.rows)
-        plan = sft_plan(base_plan, rows, batch_tokens=args.batch_tokens, steps=args.steps, seed=args.seed)
+        plan = sft_plan(
+            base_plan,
+            rows,
+            batch_tokens=args.batch_tokens,
+            micro_batch_rows=args.micro_batch_rows,
+            steps=args.steps,
+            seed=args.seed,
+        )
         print(table(plan))
         if lease is None:
             return {"plan": plan.to_dict()}

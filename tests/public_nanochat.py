@@ -156,3 +156,8 @@ def write_tokenizer(folder, encoding: tiktoken.Encoding, protocol=None) -> None:
     specials = encoding._special_tokens.values()
     lengths = [0 if id in specials else len(encoding.decode_single_token_bytes(id)) for id in range(encoding.n_vocab)]
     torch.save(torch.tensor(lengths, dtype=torch.int32), folder / "token_bytes.pt")
+
+
+def with_pattern(encoding: tiktoken.Encoding, pattern: str) -> tiktoken.Encoding:
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    return tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

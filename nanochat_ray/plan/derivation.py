@@ -150,13 +150,14 @@ def sft_plan(
     rows: int,
     *,
     batch_tokens: int | None = None,
+    micro_batch_rows: int | None = None,
     steps: int | None = None,
     rate_fraction: float | None = None,
     seed: int | None = None,
 ) -> Plan:
     """The finetuning plan after `base`: `rows` packed rows, each seen once unless `steps` says otherwise.
 
-    The model, micro-batch and batch are those of `base` (or a given batch); rates start at `rate_fraction` of the
+    The model, micro-batch and batch are those of `base` (unless they are given); rates start at `rate_fraction` of the
     pretraining ones and fall linearly to 0; momentum is constant and nothing decays.
 
     Raises:
@@ -169,7 +170,13 @@ def sft_plan(
     wanted = batch_tokens or preset.get("batch_tokens", base.batch_tokens)
     usual = f"preset {base.preset}" if "batch_tokens" in preset else "as in pretraining"
     rules["batch_tokens"] = "given (--batch-tokens)" if batch_tokens else usual
-    micro_rows, micro_batches = _micro_batches(wanted, base.model, base.micro_batch_rows, None, rules)
+    if micro_batch_rows is not None:
+        if micro_batch_rows < 1:
+            raise UsageError(f"--micro-batch-rows {micro_batch_rows} must be at least 1")
+        rules["micro_batch_rows"] = "given (--micro-batch-rows)"
+    micro_rows, micro_batches = _micro_batches(
+        wanted, base.model, micro_batch_rows or base.micro_batch_rows, None, rules
+    )
     once = rows * row_tokens // wanted
     step_count = steps or min(once, preset.get("max_steps", once))
     rules["steps"] = f"{rows:,} rows once, {wanted // row_tokens} in a step"
