@@ -100,12 +100,11 @@ class Core:
     """CORE's questions, and how they are asked of one model or another."""
 
     def __init__(self, args: argparse.Namespace, source: str) -> None:
-        from nanochat_ray.eval.bundle import fetch_bundle, open_bundle
+        from nanochat_ray.eval.bundle import bundle_of
         from nanochat_ray.eval.measure import measured_before
 
-        place = data_folder(args.storage) / "eval_bundle"
-        self.bundle = open_bundle(fetch_bundle(place) if source == "public" else Folder.at(source))
-        self.tasks = [task.shuffled(args.max_per_task) for task in self.bundle.tasks]
+        self.bundle = bundle_of(source, args.storage)
+        self.tasks = self.bundle.asked(args.max_per_task)
         self.other = measured_before(run_folder(args.storage, args.compare) / "base", "CORE") if args.compare else None
         self.args = args
 

@@ -4,6 +4,7 @@ python -m jobs.bench train --corpus fineweb-edu --json
 python -m jobs.bench recovery                                             # machines that go and come, simulated here
 python -m jobs.bench spot --trace trace.json --speedup 10 --minutes 10    # a real spot trace on simulated machines
 python -m jobs.bench serve --streams 1,4,16,32                            # the chat server over HTTP
+python -m jobs.bench eval --bundle public                                 # questions of CORE per second
 """
 
 import argparse
@@ -28,13 +29,14 @@ SIZES = {
     "sequence-len": "tokens of a row", "vocab-size": "token ids", "micro-batch-rows": "rows of a micro-batch",
     "steps": "training steps per run", "megabytes": "text to load",
 }  # fmt: skip
+SHARED = ("corpus", "shards", "storage", "dtype", "compile", "depth", "bundle", "max-per-task")
 DECODE_REPEATS = {True: 2, False: 5}  # by --quick
 RECOVERY_REPEATS = {True: 1, False: 10}
 SPOT_MACHINES = 2  # at once; more simulated ones than cores would measure each other
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.bench", __doc__, ["corpus", "shards", "storage", "dtype", "compile", "depth"])
+    parser = cli.build_parser("jobs.bench", __doc__, SHARED)
     parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, its figures say little")
     for name, what in SIZES.items():
@@ -92,6 +94,15 @@ def _checkpoint(args: argparse.Namespace) -> Measured:
     return f"checkpoint: {_model(plan)}", figures, checkpoint_lines
 
 
+def _eval(args: argparse.Namespace) -> Measured:
+    from nanochat_ray.bench import eval_bench
+    from nanochat_ray.eval.bundle import bundle_of
+
+    tasks = bundle_of(args.bundle or "public", args.storage).asked(args.max_per_task or eval_bench.LEAST_PER_TASK)
+    plan, _, tokenizer = _text(args, eval_bench.QUICK if args.quick else eval_bench.SIZES)
+    return f"eval: {_model(plan)}", eval_bench.measure(plan, tokenizer, tasks, args.dtype), eval_bench.lines
+
+
 def _recovery(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.recovery_bench import measure_recovery, recovery_lines
 
@@ -122,8 +133,8 @@ def _spot(args: argparse.Namespace) -> Measured:
 
 
 BENCHMARKS = {
-    "data": _data, "train": _train, "decode": _decode, "checkpoint": _checkpoint, "recovery": _recovery,
-    "serve": _serve, "spot": _spot,
+    "data": _data, "train": _train, "decode": _decode, "checkpoint": _checkpoint, "eval": _eval,
+    "recovery": _recovery, "serve": _serve, "spot": _spot,
 }  # fmt: skip
 
 

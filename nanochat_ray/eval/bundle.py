@@ -29,7 +29,7 @@ from nanochat_ray.cli import warn
 from nanochat_ray.data.transfer import Patience, fetch_file
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import CoreTask, check_items
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import Folder, data_folder
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 URL_VARIABLE = "NANOCHAT_RAY_EVAL_BUNDLE_URL"
@@ -51,6 +51,23 @@ class Bundle:
 
     tasks: tuple[CoreTask, ...]
     references: Mapping[str, Mapping[str, Any]]
+
+    def asked(self, most: int | None) -> list[CoreTask]:
+        """The tasks as they are asked: shuffled, at most `most` questions of each.
+
+        Raises:
+            UsageError: too few for the examples that a task shows.
+        """
+        return [task.shuffled(most) for task in self.tasks]
+
+
+def bundle_of(source: str, storage: str) -> Bundle:
+    """The bundle of `--bundle`: "public", which is downloaded into the storage once, or where one is.
+
+    Raises:
+        UserError: as `fetch_bundle` and `open_bundle`.
+    """
+    return open_bundle(fetch_bundle(data_folder(storage) / "eval_bundle") if source == "public" else Folder.at(source))
 
 
 def fetch_bundle(folder: Folder, url: str | None = None, patience: Patience | None = None) -> Folder:

@@ -81,7 +81,7 @@ class _Progress:
         """So many work now; the time counts from the first."""
         self._began = self._began or time.monotonic()
         if self._workers and count != self._workers:
-            print(f"{self._title}: {count} workers, {self._workers} before", flush=True)
+            print(f"{self._title}: workers {self._workers} → {count}", flush=True)
         self._workers = count
 
     def add(self, questions: int) -> None:
