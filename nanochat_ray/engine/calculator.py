@@ -1,10 +1,10 @@
 """The calculator the model may call: arithmetic and `'text'.count('part')`. Never `eval`.
 
-An expression is parsed to a syntax tree and the tree is walked; whatever is not listed here is an error. Length, depth
-and magnitude are bounded before anything is computed, so that no expression is slow.
+A parser of its own reads the expression by Python's rules and computes as it goes; whatever is not listed here is an
+error. Length, depth and magnitude are bounded before anything is computed, so that no expression is slow. Python's own
+parser is not used: it recurses in C, and nested parentheses overflow the small stack of a thread.
 """
 
-import ast
 import math
 import operator
 import re
@@ -17,8 +17,11 @@ MAX_BITS = 400  # about 10^120, for integers and floats alike
 
 _QUOTED = r"'[^'\\\n]*'|\"[^\"\\\n]*\""
 _ALLOWED = re.compile(rf"(?:{_QUOTED}|\.count\b|[0-9.+\-*/%()\s])*")
+_TOKEN = re.compile(rf"\s*(?:(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)|(?P<text>{_QUOTED})|(\*\*|//|\.count\b|[-+*/%()]))")
 _THOUSANDS = re.compile(rf"({_QUOTED})|(?<=[0-9]),(?=[0-9]{{3}}(?![0-9]))")
 _TYPOGRAPHY = str.maketrans({"×": "*", "÷": "/", "−": "-"})
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, "**": 4}
+_OF_SIGNS = 3  # -2**2 is -(2**2), -2*2 is (-2)*2
 
 
 @dataclass(frozen=True)
@@ -40,49 +43,111 @@ def calculate(expression: str) -> Calculation:
     Integers are exact; a quotient of integers that has no remainder is an integer; other results have 10 digits.
     """
     try:
-        return Calculation(_format(_value(_parse(expression), MAX_DEPTH)), ok=True)
+        tokens = _Tokens(expression)
+        result = _number(_expression(tokens, 1, MAX_DEPTH))
+        if tokens.next is not None:
+            raise _Refused("not arithmetic" if tokens.next == "(" else "not an expression")
+        return Calculation(_format(result), ok=True)
     except _Refused as error:
         return Calculation(f"error: {error}", ok=False)
     except ZeroDivisionError:
         return Calculation("error: division by zero", ok=False)
     except OverflowError:
         return Calculation("error: too large", ok=False)
+    except RecursionError:  # whoever calls us is deep already
+        return Calculation("error: too deep", ok=False)
 
 
-def _parse(expression: str) -> ast.expr:
-    if len(expression) > MAX_CHARS:
-        raise _Refused("too long")
-    text = _THOUSANDS.sub(lambda match: match.group(1) or "", expression.strip()).translate(_TYPOGRAPHY)
-    # Checked before parsing: names, escapes and odd literals never reach the parser (which would warn about some).
-    if not _ALLOWED.fullmatch(text):
-        raise _Refused("not arithmetic")
-    try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the parser has its own limits on nesting
-        raise _Refused("not an expression") from None
+class _Tokens:
+    """The parts of an expression, one at a time; `next` is None at the end."""
+
+    def __init__(self, expression: str) -> None:
+        if len(expression) > MAX_CHARS:
+            raise _Refused("too long")
+        text = _THOUSANDS.sub(lambda match: match.group(1) or "", expression.strip()).translate(_TYPOGRAPHY)
+        # Names, escapes and odd literals are told from arithmetic that is merely broken.
+        if not _ALLOWED.fullmatch(text):
+            raise _Refused("not arithmetic")
+        self._text, self._end = text, 0
+        self.next: str | None = None
+        self.take()
+
+    def take(self) -> str | None:
+        taken = self.next
+        if self._text[self._end :].isspace() or self._end == len(self._text):
+            self.next = None
+            return taken
+        match = _TOKEN.match(self._text, self._end)
+        if match is None:
+            raise _Refused("not an expression")
+        self.next, self._end = match.group().strip(), match.end()
+        return taken
+
+    def expect(self, wanted: str) -> None:
+        if self.take() != wanted:
+            raise _Refused("not an expression")
 
 
-def _value(node: ast.expr, depth: int) -> int | float:
+Value = int | float | str
+
+
+def _expression(tokens: _Tokens, lowest: int, depth: int) -> Value:
+    """The value of what comes next, up to an operator that binds less than `lowest` (precedence climbing)."""
     if depth == 0:
         raise _Refused("too deep")
-    match node:
-        case ast.Constant(value=bool() | str() | bytes() | complex()):
-            raise _Refused("not a number")
-        case ast.Constant(value=int() | float() as number):
-            return _bounded(number)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _value(operand, depth - 1)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, depth - 1)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _bounded(_BINARY[type(op)](_value(left, depth - 1), _value(right, depth - 1)))
-        case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
-            args=[ast.Constant(value=str() as part)],
-            keywords=[],
-        ):
-            return text.count(part)
-    raise _Refused("not arithmetic")
+    if tokens.next in ("+", "-"):
+        negative = tokens.take() == "-"
+        operand = _number(_expression(tokens, _OF_SIGNS, depth - 1))
+        value: Value = -operand if negative else operand
+    else:
+        value = _operand(tokens, depth)
+    while (sign := tokens.next) in _PRECEDENCE and (binds := _PRECEDENCE[sign]) >= lowest:
+        tokens.take()
+        right = _expression(tokens, _OF_SIGNS if sign == "**" else binds + 1, depth - 1)
+        value = _bounded(_BINARY[sign](_number(value), _number(right)))
+    return value
+
+
+def _operand(tokens: _Tokens, depth: int) -> Value:
+    """A number, a text, or something in parentheses; then any `.count(…)`."""
+    token = tokens.take()
+    if token is None:
+        raise _Refused("not an expression")
+    value: Value
+    if token == "(":
+        value = _expression(tokens, 1, depth - 1)
+        tokens.expect(")")
+    elif token[0] in "'\"":
+        value = token[1:-1]
+    elif token[0].isdigit() or (token[0] == "." and token != ".count"):
+        value = _literal(token)
+    else:
+        raise _Refused("not an expression")
+    while tokens.next == ".count":
+        tokens.take()
+        if tokens.next != "(" or not isinstance(value, str):
+            raise _Refused("not arithmetic")
+        tokens.take()
+        part = _expression(tokens, 1, depth - 1)
+        tokens.expect(")")
+        if not isinstance(part, str):
+            raise _Refused("not arithmetic")
+        value = value.count(part)
+    return value
+
+
+def _literal(token: str) -> int | float:
+    if "." in token:
+        return _bounded(float(token))
+    if token[0] == "0" and token.strip("0"):  # 007, which Python refuses as well
+        raise _Refused("not an expression")
+    return _bounded(int(token))
+
+
+def _number(value: Value) -> int | float:
+    if isinstance(value, str):
+        raise _Refused("not a number")
+    return value
 
 
 def _bounded(number: int | float) -> int | float:
@@ -110,14 +175,14 @@ def _power(a: int | float, b: int | float) -> int | float:
     return a**b
 
 
-_BINARY: dict[type[ast.operator], Callable[[int | float, int | float], int | float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: _divide,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: _power,
+_BINARY: dict[str, Callable[[int | float, int | float], int | float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": _divide,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": _power,
 }
 
 
