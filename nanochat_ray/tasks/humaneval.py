@@ -94,10 +94,12 @@ def _complete(problem: Problem, code: str) -> str:
         return whole
     head = problem.prompt.rstrip() + "\n"
     # Three ways to indent a body: it is; its first line is not, where the reply lost the blanks in front; nothing is.
-    for body in (code, "    " + code, indent(code, "    ")):
-        if _length(head + body, problem.entry_point) > _length(head, problem.entry_point):
-            return f"{head}{body}\n"
-    return whole
+    # Right is the one by which most of it comes into the function.
+    bodies = [code, "    " + code, indent(code, "    ")]
+    lengths = [_length(head + body, problem.entry_point) for body in bodies]
+    if max(lengths) <= _length(head, problem.entry_point):
+        return whole
+    return f"{head}{bodies[lengths.index(max(lengths))]}\n"
 
 
 def _defines(code: str, name: str) -> bool:
