@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat_ray.chat import render
 from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.storage import Folder
+from nanochat_ray.stream.rows import ChatRows, look_at_epoch
 from nanochat_ray.tasks.conversations import exchange
 from nanochat_ray.tasks.mixture import (
     Source,
@@ -16,6 +18,7 @@ from nanochat_ray.tasks.mixture import (
     write_mixture,
 )
 from nanochat_ray.tasks.recipes import MixtureSizes, demo_mixture, folder_mixture, mixture_of
+from nanochat_ray.tokenizer import train_tokenizer
 
 
 def source(name, count, weight=1.0, tests=3):
@@ -54,13 +57,14 @@ def test_an_empty_mixture_and_a_negative_weight_are_refused():
 
 def test_units_give_back_the_mixture_in_order(tmp_path):
     mixture = build_mixture([source("a", 60), source("b", 45)], 3)
-    corpus = write_mixture(mixture, Folder.at(tmp_path), conversations_per_unit=2)
+    corpus = write_mixture(mixture, Folder.at(tmp_path), unit_bytes=150)
     assert len({unit.shard for unit in corpus.train}) == 2
     assert [example for unit in corpus.train for example in read_examples(unit)] == mixture.train
     assert [chat for unit in corpus.validation for chat in read_conversations(unit)] == [
         example.messages for example in mixture.test
     ]
     assert sum(unit.documents for unit in corpus.train) == 105
+    assert all(150 <= unit.bytes < 250 for unit in corpus.train[:-1])
 
 
 def test_a_stored_mixture_is_found_again_and_replaced_only_by_another(tmp_path):
@@ -95,6 +99,25 @@ def test_real_chats_are_mixed_with_the_tasks_beside_them(shared_data):
     assert mixture.counts["chats"]["train"] == 11_007
     assert mixture.counts["gsm8k"]["train"] == 747
     assert mixture.counts["mmlu"]["test"] == 200
+
+
+@pytest.mark.slow
+def test_the_rows_of_real_mixtures_are_full_and_only_what_is_longer_is_cut(shared_data, tmp_path):
+    sizes = MixtureSizes(mmlu_epochs=0.3, gsm8k_epochs=0.4)
+    mixtures = {"demo": demo_mixture(42), "real": folder_mixture(str(shared_data / "sft"), sizes=sizes)}
+    for name, mixture in mixtures.items():
+        corpus = write_mixture(mixture, Folder.at(tmp_path / name))
+        said = [str(message["content"]) for example in mixture.train[:4000] for message in example.messages]
+        tokenizer = train_tokenizer(said, 2048)
+        for sequence_len in (256, 512, 2048):
+            epoch = look_at_epoch(ChatRows(tokenizer, sequence_len), corpus.train)
+            assert epoch.fill >= 0.95
+            rendered = [render(tokenizer, chat)[0] for chat in read_conversations(corpus.train[0])]
+            packed = ChatRows(tokenizer, sequence_len).rows(corpus.train[0])
+            assert packed.cropped_N.sum() == sum(max(0, len(ids) - sequence_len - 1) for ids in rendered)
+            assert packed.tokens_NT.size - packed.padding_N.sum() == sum(
+                min(len(ids), sequence_len + 1) for ids in rendered
+            )
 
 
 def test_a_tasks_folder_without_sets_is_refused(shared_data, tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from nanochat_ray.tasks.conversations import Conversation, generator
 from nanochat_ray.tasks.public_sets import rows_of_parquet
 
 UNITS_PER_SHARD = 32
+UNIT_BYTES = 2**19  # some 60 rows of 2048 tokens; a tenth of a second to read, tokenize and pack
 _COLUMNS = ("messages", "source")
 _SCHEMA = pa.schema([(column, pa.string()) for column in _COLUMNS])
 
@@ -81,19 +83,19 @@ def _weighted(source: Source, seed: int) -> list[Conversation]:
     return list(source.train) * whole + generator(seed, "weight", source.name).sample(list(source.train), rest)
 
 
-def write_mixture(mixture: Mixture, folder: Folder, conversations_per_unit: int = 512, replace: bool = True) -> Corpus:
+def write_mixture(mixture: Mixture, folder: Folder, unit_bytes: int = UNIT_BYTES, replace: bool = True) -> Corpus:
     """Store a mixture; its test part becomes the corpus' validation units. Nothing is rewritten if it is there already.
 
     Args:
+        unit_bytes: a unit ends with the conversation that makes it as large as this, in bytes of JSON. It is packed
+            into rows by itself: small units waste more padding, large ones delay the first row.
         replace: whether another mixture that is stored there may be deleted.
-
-    A unit is packed into rows by itself: small units waste more padding, large ones delay the first row.
 
     Raises:
         OSError: the folder cannot be written.
         UserError: another mixture is stored there and may not be replaced.
     """
-    fingerprint = _fingerprint(mixture, conversations_per_unit)
+    fingerprint = _fingerprint(mixture, unit_bytes)
     if folder.exists("mixture.json"):
         stored = open_mixture(folder)
         if stored.fingerprint == fingerprint:
@@ -106,8 +108,8 @@ def write_mixture(mixture: Mixture, folder: Folder, conversations_per_unit: int 
         folder.delete()
     corpus = Corpus(
         name="mixture",
-        train=tuple(_write_split(mixture.train, folder / "train", conversations_per_unit)),
-        validation=tuple(_write_split(mixture.test, folder / "test", conversations_per_unit)),
+        train=tuple(_write_split(mixture.train, folder / "train", unit_bytes)),
+        validation=tuple(_write_split(mixture.test, folder / "test", unit_bytes)),
         fingerprint=fingerprint,
     )
     folder.write_json("mixture.json", {"counts": mixture.counts, "corpus": corpus.to_dict()})
@@ -142,27 +144,39 @@ def read_examples(unit: Unit) -> list[Example]:
     return [Example(row["source"], json.loads(row["messages"])) for _, row in rows]
 
 
-def _write_split(examples: Sequence[Example], folder: Folder, conversations_per_unit: int) -> Iterator[Unit]:
-    per_shard = conversations_per_unit * UNITS_PER_SHARD
-    for shard in range(-(-len(examples) // per_shard)):
+def _write_split(examples: Sequence[Example], folder: Folder, unit_bytes: int) -> Iterator[Unit]:
+    groups = _in_units(examples, unit_bytes)
+    for shard, first in enumerate(groups):
         name = f"shard_{shard:05d}.parquet"
         sink = pa.BufferOutputStream()
         units = []
         with pq.ParquetWriter(sink, _SCHEMA) as writer:
-            for row_group in range(UNITS_PER_SHARD):
-                begin = shard * per_shard + row_group * conversations_per_unit
-                group = examples[begin : begin + conversations_per_unit]
-                if not group:
-                    break
-                texts = [_as_json(example.messages) for example in group]
-                writer.write_table(pa.table([texts, [example.source for example in group]], schema=_SCHEMA))
-                units.append(Unit(str(folder / name), row_group, len(group), sum(len(text.encode()) for text in texts)))
+            for row_group, (texts, sources) in enumerate(chain([first], islice(groups, UNITS_PER_SHARD - 1))):
+                writer.write_table(pa.table([texts, sources], schema=_SCHEMA))
+                size = sum(len(text.encode()) for text in texts)
+                units.append(Unit(str(folder / name), row_group, len(texts), size))
         folder.write(name, sink.getvalue().to_pybytes())
         yield from units
 
 
-def _fingerprint(mixture: Mixture, conversations_per_unit: int) -> str:
-    hasher = hashlib.sha256(str(conversations_per_unit).encode())
+def _in_units(examples: Sequence[Example], unit_bytes: int) -> Iterator[tuple[list[str], list[str]]]:
+    """The JSON of the conversations of each unit, and their sources."""
+    texts: list[str] = []
+    sources: list[str] = []
+    size = 0
+    for example in examples:
+        texts.append(_as_json(example.messages))
+        sources.append(example.source)
+        size += len(texts[-1].encode())
+        if size >= unit_bytes:
+            yield texts, sources
+            texts, sources, size = [], [], 0
+    if texts:
+        yield texts, sources
+
+
+def _fingerprint(mixture: Mixture, unit_bytes: int) -> str:
+    hasher = hashlib.sha256(f"bytes {unit_bytes}".encode())
     for split in (mixture.train, mixture.test):
         hasher.update(b"\0split")
         for example in split:
