@@ -182,6 +182,13 @@ def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
         export(tmp_path, "--step", "8")
 
 
+def test_a_bundle_may_lie_in_any_store(finished):
+    to = "memory://bundles/chat"
+    assert not export(finished[0].parents[3], "--to", to)["unchanged"]
+    assert export(finished[0].parents[3], "--to", to)["unchanged"]
+    assert read_bundle(Folder.at(to)).digest == read_bundle(Folder.at(finished[0])).digest
+
+
 def test_a_bundle_is_imported_as_a_run_and_exported_from_there_with_the_same_weights(finished, tmp_path):
     def run_import(*flags: str) -> dict:
         given = ["--source", str(finished[0]), "--run", "r", "--storage", str(tmp_path), *flags]

@@ -175,6 +175,9 @@ def test_chats_have_the_ids_of_our_renderer(transformers, july):
     prompt = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True)["input_ids"]
     assert prompt == render_prompt(ours, CONVERSATION)
     assert tokenizer.decode(prompt) == ours.decode(prompt)
+    begun = [CONVERSATION[1], {"role": "assistant", "content": "It is"}]
+    going_on = tokenizer.apply_chat_template(begun, continue_final_message=True)["input_ids"]
+    assert going_on == render(ours, begun)[0][:-1]
     assert (tokenizer.bos_token_id, tokenizer.eos_token) == (ours.bos, "<|assistant_end|>")
 
 

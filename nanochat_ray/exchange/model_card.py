@@ -21,8 +21,8 @@ _TEXT = """\
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
 _FORMAT = """\
-Every document and every conversation begins with `<|bos|>`. The tokenizer does not put it there by itself: the chat
-template does, and for plain text write it in front, as above (`add_bos_token=True` for lm-eval).
+Every document and every conversation begins with `<|bos|>`. The chat template puts it there, the tokenizer by itself
+does not: write it in front of plain text, and give lm-eval `add_bos_token=True`.
 
 In a conversation an optional system message comes first, then user and assistant take turns. The content of a message
 is text, or a list of parts `{"type": …, "text": …}`; the assistant's parts are `text`, `python` (a call of the
