@@ -135,7 +135,7 @@ def computed_in_time(expressions):
     for expression in expressions:
         began = time.thread_time()
         calculation = calculate(expression)
-        assert time.thread_time() - began < 0.05, expression
+        assert time.thread_time() - began < 0.2, expression
         assert calculation.text
         assert len(calculation.text) < 200
         assert calculation.ok != calculation.text.startswith("error: ")

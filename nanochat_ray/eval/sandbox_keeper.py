@@ -153,6 +153,7 @@ def _judge(job: dict[str, Any], users: list[int | None], box: str, walls: list[s
     try:
         parent = 0 if "namespaces" in walls else os.getppid()  # 0: the keeper is out of sight
         sandbox_walls.die_with_parent(parent)
+        os.chdir("/")  # not where the program may leave modules for tests to import
         limits, without = job["limits"], job["without"]
         if "namespaces" in walls:
             owner = users[1] if users[1] is not None else os.geteuid()

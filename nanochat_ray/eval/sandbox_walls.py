@@ -149,9 +149,18 @@ def _read_only(path: str) -> None:
 
 def own_user(offset: int, without: Collection[str]) -> int | None:
     """A user id for one process of this run where we are root, else None. `offset` tells them apart."""
-    if os.geteuid() != 0 or "user" in without:
+    if os.geteuid() != 0 or "user" in without or not _may_change_user():
         return None
     return _FIRST_USER + (os.getpid() << 1) + offset
+
+
+def _may_change_user() -> bool:
+    """Whether root has the rights to (CAP_CHOWN, CAP_SETGID, CAP_SETUID), which a container may have taken."""
+    if not LINUX:
+        return True
+    with open("/proc/self/status") as file:
+        rights = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return rights & 0b1100_0001 == 0b1100_0001
 
 
 def confine(user: int | None, box: str, limits: dict[str, int], without: Collection[str], parent: int) -> list[str]:
@@ -213,4 +222,8 @@ def _limit(limits: dict[str, int]) -> None:
         ("RLIMIT_MSGQUEUE", 0, 0),
     ]:
         if hasattr(resource, name):
-            resource.setrlimit(getattr(resource, name), (soft, hard))
+            which = getattr(resource, name)
+            _, most = resource.getrlimit(which)
+            if most != resource.RLIM_INFINITY:  # only root may raise what we are limited to already
+                soft, hard = min(soft, most), min(hard, most)
+            resource.setrlimit(which, (soft, hard))
