@@ -99,6 +99,18 @@ def test_both_generations_are_served_alike(generation, backend):
     np.testing.assert_allclose(logits, public_nanochat.logits(public, ids).numpy(), atol=1e-4, rtol=0)
 
 
+def test_the_fused_step_in_bf16_is_near_the_older_generation():
+    from kernels.cpu_step import CpuStep, why_not
+
+    public = make_model(OCTOBER, n_head=2, n_kv_head=1)
+    model, ids = loaded(public), ids_of(public, 60)
+    if reason := why_not(model.config, torch.bfloat16):
+        pytest.skip(f"no CPU kernel here: {reason}")
+    expected = public_nanochat.logits(public, ids).numpy()
+    logits = read_at_once(CpuStep(model.freeze(torch.bfloat16), torch.bfloat16, threads=1), ids, [50, 10])
+    assert np.abs(logits - expected).mean() < 0.03 * np.abs(expected).mean()
+
+
 @pytest.mark.parametrize("absent", EXTRAS)
 def test_an_extra_that_is_off_has_no_parameters_and_the_counts_say_so(absent):
     shape = replace(GPTConfig(256, 300, 3, 4, 2, 64, "SSL"), **{absent: False})

@@ -101,6 +101,15 @@ def test_the_newest_checkpoint_is_taken_unless_another_is_named(place):
         read_checkpoint(Folder.at(place / "source"), 31)
 
 
+def test_source_tokenizer_and_storage_may_be_uris(place):
+    public = make_model(OCTOBER)
+    write_checkpoint(place / "source", public)
+    flags = [f"--{name}=file://{place / name}" for name in ("source", "tokenizer")]
+    job, parser = import_nanochat.main, import_nanochat.build_parser()
+    assert cli.run(job, parser, [*flags, "--run", "r", "--storage", f"file://{place / 'out'}"]) == 0
+    assert_same_logits(imported_model(place), public)
+
+
 # What is refused
 
 
