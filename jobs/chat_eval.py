@@ -34,15 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.engine.load import require_trained
-    from nanochat_ray.eval.watch import NICENESS, new_steps
+    from nanochat_ray.eval.watch import NICENESS, watch
     from nanochat_ray.train.checkpoint import Checkpoints
 
     stage = run_folder(args.storage, args.run) / "sft"
-    chat = Chat(args, stage)
     if args.watch:
-        means = {step: chat.of_step(step, NICENESS)["chat_core"]["mean"] for step in new_steps(stage)}
+        chat = Chat(args, stage)
+        means = watch(stage, lambda step: chat.of_step(step, NICENESS)["chat_core"]["mean"]["value"])
         return {"chat_core": means, "artifacts": {"evaluations": str(stage / "evaluations.jsonl")}}
     require_trained(args.storage, args.run, "sft")
+    chat = Chat(args, stage)
     step = Checkpoints.of(stage).newest_valid(cli.warn)
     assert step is not None
     result = chat.of_step(step)
@@ -86,10 +87,11 @@ class Chat:
             ChatExam(model, [*self.core, *self.held_out], args.max_tokens),
             subject_of(model, self.stage),
             max_per_task=args.max_per_task,
-            workers=cli.parse_range(args.eval_workers, "--eval-workers", least=1)[1],
+            workers=args.eval_workers,
             address=args.address,
             niceness=niceness,
             mean_over=self.core,
+            manner=f"{args.max_tokens} tokens",
         )
         result: dict[str, Any] = {"step": step, **self._held_out(measured.verdicts)}
         if self.core:

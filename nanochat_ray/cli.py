@@ -70,7 +70,10 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     ),
     "max-per-task": dict(type=at_least(1), default=None, help="questions of each task (default: all)"),
     "eval-workers": dict(
-        default="1", metavar="N", help="processes that evaluate at most; as many work as the cluster has room for"
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes that evaluate at most; as many work as the cluster has room for",
     ),
     "compare": dict(default=None, metavar="RUN", help="also the difference to a run that was evaluated before"),
     "watch": dict(

@@ -65,11 +65,15 @@ def fetch_file(
     progress: Progress,
     stop: threading.Event,
     patience: Patience,
+    address_variable: str = "NANOCHAT_RAY_HUB_URL",
 ) -> None:
     """Make `target` the content of `url`; `target` appears only when it is complete and checked.
 
     Verified are: the announced length, the length and SHA-256 of the `X-Linked-Size` and `X-Linked-Etag` headers where
     the server (the Hugging Face hub) sends them, and whatever `check(partial_file)` raises a UserError about.
+
+    Args:
+        address_variable: the environment variable by which people change where this comes from.
 
     Raises:
         UserError: the server refuses (4xx other than 429), or nothing was gained in `patience.failures` attempts in a
@@ -79,10 +83,10 @@ def fetch_file(
     failures, most = 0, 0
     while True:
         try:
-            finished = _attempt(client, url, target, check, progress, stop)
+            finished = _attempt(client, url, target, check, progress, stop, address_variable)
             break
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
-            raise UserError(f"{url} cannot be fetched: {error}; check NANOCHAT_RAY_HUB_URL") from error
+            raise UserError(f"{url} cannot be fetched: {error}; check {address_variable}") from error
         except httpx.TransportError as error:
             problem = _Temporary(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         except _Temporary as error:
@@ -115,6 +119,7 @@ def _attempt(
     check: Callable[[Path], None],
     progress: Progress,
     stop: threading.Event,
+    address_variable: str,
 ) -> Path:
     """One request; returns the complete, checked and flushed partial file."""
     partials = _partials(target)
@@ -124,7 +129,7 @@ def _attempt(
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             _discard(partials)
             raise _Temporary("the file on the server is shorter than what was fetched before")
-        _check_status(url, response)
+        _check_status(url, response, address_variable)
         described = _describe(response)
         partial = target.with_name(f"{target.name}.{described.version}.partial")
         if response.status_code == httpx.codes.PARTIAL_CONTENT and (described.start, [partial]) != (offset, partials):
@@ -195,14 +200,14 @@ def _describe(response: httpx.Response) -> _Description:
     )
 
 
-def _check_status(url: str, response: httpx.Response) -> None:
+def _check_status(url: str, response: httpx.Response, address_variable: str) -> None:
     status = response.status_code
     if status in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         return
     reason = f"the server answers {status} {response.reason_phrase}".rstrip()
     if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500:
         raise _Temporary(reason, _retry_after_s(response.headers.get("retry-after", "")))
-    raise UserError(f"{url} cannot be fetched: {reason}; check the name of the set and NANOCHAT_RAY_HUB_URL")
+    raise UserError(f"{url} cannot be fetched: {reason}; check the address, which {address_variable} changes")
 
 
 def _retry_after_s(value: str) -> float:

@@ -64,17 +64,19 @@ def measure(
     address: str | None,
     niceness: int = 0,
     mean_over: Sequence[Task] | None = None,
+    manner: str = "",
 ) -> Measured:
     """Have an exam sat, or go on with it, and sum it up.
 
     Args:
         name: CORE or ChatCORE.
         mean_over: the tasks of the mean, where the exam has others besides.
+        manner: what else decides the answers, in any words; results under another manner are not gone on with.
 
     Raises:
         UserError: as `sit`.
     """
-    key = identity(name, subject.digest, subject.dtype, exam.tasks)
+    key = identity(f"{name} {manner}".strip(), subject.digest, subject.dtype, exam.tasks)
     folder = subject.stage / "evaluations" / f"{name.lower()}-{key[:12]}"
     verdicts, per_second = sit(exam, folder, name, workers, address, niceness)
     tasks = exam.tasks if mean_over is None else mean_over

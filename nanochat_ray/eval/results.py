@@ -6,6 +6,7 @@
 The folder's name has the exam's identity, so that a re-run finds its own and goes on, and never another's.
 """
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -47,7 +48,7 @@ class Results:
         self.folder = folder
         self._known = {(verdict.task, verdict.index): verdict for verdict in read_results(folder)}
         self._unwritten: list[Verdict] = []
-        self._parts = len(_parts(folder))
+        self._part = max((int(name[5:10]) for name in _parts(folder)), default=-1)  # some may have been deleted
         self._written_at = time.monotonic()
 
     @property
@@ -70,20 +71,20 @@ class Results:
             UserError: the storage refuses.
         """
         if self._unwritten:
-            self._write(f"part_{self._parts:05d}.parquet", self._unwritten)
-            self._parts += 1
+            self._part += 1
+            self._write(f"part_{self._part:05d}.parquet", self._unwritten)
             self._unwritten = []
         self._written_at = time.monotonic()
 
     def finish(self) -> list[Verdict]:
         """Everything in one file, by task and place; returns it."""
         verdicts = [self._known[key] for key in sorted(self._known)]
-        if self._parts or self._unwritten:
+        if self._part >= 0 or self._unwritten:
             self._write(_FINISHED, verdicts)
             self._unwritten = []
             for name in _parts(self.folder):
                 self.folder.delete(name)
-            self._parts = 0
+            self._part = -1
         return verdicts
 
     def _write(self, name: str, verdicts: Sequence[Verdict]) -> None:
@@ -134,14 +135,15 @@ def read_results(folder: Folder) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for name in names:
         try:
-            rows = pq.read_table(pa.BufferReader(folder.read(name)), schema=_SCHEMA).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+            rows = pq.read_table(pa.BufferReader(folder.read(name))).cast(_SCHEMA).to_pylist()
+            verdicts += [Verdict(**{**row, "scores": tuple(row["scores"])}) for row in rows]
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{folder / name} is damaged ({error}); delete it, and its questions are asked again"
+                f"{folder / name} is damaged ({reason}); delete it, and its questions are asked again"
             ) from error
-        verdicts += [Verdict(**{**row, "scores": tuple(row["scores"])}) for row in rows]
     return verdicts
 
 
 def _parts(folder: Folder) -> list[str]:
-    return [name for name in folder.list() if name.startswith("part_") and name.endswith(".parquet")]
+    return [name for name in folder.list() if re.fullmatch(r"part_\d{5}\.parquet", name)]

@@ -3,11 +3,35 @@
 import time
 from collections.abc import Callable, Iterator
 
+from nanochat_ray.cli import warn
+from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder
 from nanochat_ray.train.checkpoint import Checkpoints
 
 LOOK_EVERY_S = 5.0
 NICENESS = 19  # of evaluation beside training: it gets what nobody else wants
+
+
+def watch(
+    stage: Folder, measure: Callable[[int], float], sleep: Callable[[float], object] = time.sleep
+) -> dict[int, float]:
+    """The figure of each step of `new_steps`, also of those that were measured before.
+
+    Training deletes its older checkpoints, and waits for nobody: one that went while it was measured is left out, with
+    a warning.
+
+    Raises:
+        UserError: as `measure`, of a checkpoint that is still there.
+    """
+    figures = {}
+    for step in new_steps(stage, sleep):
+        try:
+            figures[step] = measure(step)
+        except (UserError, FileNotFoundError) as error:
+            if step in Checkpoints.of(stage).steps():
+                raise
+            warn(f"the checkpoint of step {step} was deleted while it was measured; going on ({error})")
+    return figures
 
 
 def new_steps(stage: Folder, sleep: Callable[[float], object] = time.sleep) -> Iterator[int]:
@@ -16,14 +40,18 @@ def new_steps(stage: Folder, sleep: Callable[[float], object] = time.sleep) -> I
     Waits for the first, too.
     """
     checkpoints = Checkpoints.of(stage)
-    seen = -1
+    seen, told = -1, False
     while True:
-        steps = checkpoints.steps()
-        if steps and steps[-1] > seen:
-            seen = steps[-1]
-            last = checkpoints.state(seen).plan.steps
+        newest = max(checkpoints.steps(), default=-1)
+        if newest > seen:
+            last = checkpoints.state(newest).plan.steps
+            seen, told = newest, False
             yield seen
             if seen >= last:
                 return
         else:
+            if not told:
+                after = f" after step {seen}" if seen >= 0 else ""
+                print(f"waiting for a checkpoint{after} in {checkpoints.folder}", flush=True)
+                told = True
             sleep(LOOK_EVERY_S)
