@@ -4,7 +4,6 @@ An actor that dies costs the pieces it had in hand, which others get; a new one 
 has room. Two pieces are in an actor's hands at a time, so that it never waits for the driver.
 """
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -14,7 +13,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from nanochat_ray.errors import UserError
-from nanochat_ray.eval.exam import Exam, Grade, Piece
+from nanochat_ray.eval.exam import Exam, Piece
 from nanochat_ray.eval.question import Verdict
 
 IN_HAND = 2
@@ -32,17 +31,12 @@ def load() -> None:
 class _Examiner:
     """One process with the model."""
 
-    def __init__(self, exam: Exam, niceness: int) -> None:
+    def begin(self, exam: Exam, niceness: int) -> None:
+        """Not a constructor: what a method raises reaches the driver as it is."""
         os.nice(niceness)
-        self._exam = exam
-        self._grade: Grade | None = None
-
-    def begin(self) -> None:
-        """Not in the constructor: what a method raises reaches the driver as it is."""
-        self._grade = self._exam.begin()
+        self._grade = exam.begin()
 
     def grade(self, piece: Piece) -> list[Verdict]:
-        assert self._grade is not None
         return self._grade(piece)
 
 
@@ -66,7 +60,12 @@ def sit(
         UserError: the model cannot be loaded, or actors die over and over with the same piece or before they begin.
     """
     examiner: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_Examiner)
-    hire = functools.partial(examiner.remote, ray.put(exam), niceness)
+    placed = ray.put(exam)
+
+    def hire() -> tuple[ray.actor.ActorHandle, ray.ObjectRef]:
+        actor = examiner.remote()
+        return actor, actor.begin.remote(placed, niceness)
+
     hall = _Hall(list(pieces), min(workers, len(pieces)), hire, tell_workers)
     try:
         yield from hall.sit()
@@ -81,7 +80,7 @@ class _Hall:
         self,
         pieces: list[Piece],
         workers: int,
-        hire: Callable[[], ray.actor.ActorHandle],
+        hire: Callable[[], tuple[ray.actor.ActorHandle, ray.ObjectRef]],
         tell_workers: Callable[[int], None],
     ) -> None:
         self._queue = pieces[::-1]  # the next one is at the end
@@ -118,8 +117,8 @@ class _Hall:
             ray.kill(actor)
 
     def _hire(self) -> None:
-        actor = self._new_actor()
-        self._in_hand[actor.begin.remote()] = (actor, None)
+        actor, begun = self._new_actor()
+        self._in_hand[begun] = (actor, None)
 
     def _hand_out(self, actor: ray.actor.ActorHandle) -> None:
         held = sum(other is actor for other, _ in self._in_hand.values())
@@ -138,7 +137,7 @@ class _Hall:
         if self._deaths[oldest] >= (self._loading_deaths if oldest is None else DEATHS_PER_PIECE):
             doing = "loading the model" if oldest is None else f"the same questions of {oldest.task}"
             raise UserError(
-                f"{self._deaths[oldest]} workers died over {doing} ({str(error).splitlines()[0]}); "
+                f"{self._deaths[oldest]} workers died over {doing} ({str(error).strip().splitlines()[-1].strip()}); "
                 "if they ran out of memory, give fewer --workers"
             ) from error
         self._queue += [piece for _, piece in reversed(held) if piece is not None]

@@ -7,7 +7,7 @@ from nanochat_ray.eval.question import Question, common_prefix
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens read once for some sequences of a question: those that are equal but for their last token.
+    """Tokens read once for some sequences of a question: those that differ in their last token only.
 
     ids       the sequences without their last token, after which nothing is scored
     first     the first position after which logits are wanted; then after all that follow
@@ -26,13 +26,10 @@ class Reading:
 
 def readings_of(question: Question) -> tuple[Reading, ...]:
     """The readings of a question, in the order of its sequences."""
-    members: dict[tuple[int, ...], list[int]] = {}
-    for number, sequence in enumerate(question.sequences):
-        members.setdefault(sequence[:-1], []).append(number)
-    return tuple(
-        Reading(ids, min(question.starts[number] for number in numbers) - 1, tuple(numbers))
-        for ids, numbers in members.items()
-    )
+    members: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for number, (sequence, start) in enumerate(zip(question.sequences, question.starts, strict=True)):
+        members.setdefault((sequence[:-1], start - 1), []).append(number)
+    return tuple(Reading(ids, first, tuple(numbers)) for (ids, first), numbers in members.items())
 
 
 def shared_prefix(readings: tuple[Reading, ...]) -> int:
