@@ -7,7 +7,6 @@ may be missing (an old kernel, another architecture, a container that forbids it
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -79,9 +78,9 @@ def refuse_system_calls() -> None:
     Raises:
         OSError: this architecture is not known here, or the kernel or the container has no such filters.
     """
-    if platform.machine() not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no filter for {platform.machine()}")
-    column, architecture = _ARCHITECTURES[platform.machine()]
+    if os.uname().machine not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"no filter for {os.uname().machine}")
+    column, architecture = _ARCHITECTURES[os.uname().machine]
     instructions = list(_filter(column, architecture, os.getpid()))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in instructions))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions), ctypes.addressof(code)))
