@@ -1,5 +1,7 @@
 """GSM8K, MMLU and ARC as conversations, from parquet files and from a hub that is not there."""
 
+from decimal import Decimal
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.storage import Folder
 from nanochat_ray.tasks.conversations import spoken_text
 from nanochat_ray.tasks.gsm8k import final_number, load_gsm8k, problem
-from nanochat_ray.tasks.multiple_choice import ARC_CHALLENGE, ARC_EASY, load_arc, load_mmlu, render_question
+from nanochat_ray.tasks.multiple_choice import ARC_CHALLENGE, ARC_EASY, MultipleChoice, load_arc, load_mmlu
 
 
 def write_rows(folder, name, rows):
@@ -32,10 +34,11 @@ def test_calculator_marks_become_tool_calls_and_their_results_stay_in_the_text()
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("so\n#### 1,200", "1200"), ("#### -3", "-3"), ("#### 7.\n", "7"), ("no number", None)]
+    ("text", "number"),
+    [("so\n#### 1,200", "1200"), ("#### -3", "-3"), ("#### 7.\n", "7"), ("no number", None), ("#### ..,", None)],
 )
 def test_the_final_number_is_read_without_separators(text, number):
-    assert final_number(text) == number
+    assert final_number(text) == (None if number is None else Decimal(number))
 
 
 def test_every_gsm8k_answer_keeps_its_text_and_its_final_number(shared_data):
@@ -51,7 +54,7 @@ def test_every_gsm8k_answer_keeps_its_text_and_its_final_number(shared_data):
 
 
 def test_the_letter_stands_after_its_choice():
-    assert render_question("2+2?", ["three", "four"]).splitlines()[1:3] == ["- three=A", "- four=B"]
+    assert MultipleChoice("2+2?", ("three", "four"), 1).render().splitlines()[1:3] == ["- three=A", "- four=B"]
 
 
 def test_mmlu_and_arc_answers_are_the_letter_of_the_right_choice(shared_data):

@@ -9,6 +9,7 @@ from nanochat_ray.cli import was_submitted
 from nanochat_ray.eval.exam import Exam, Piece, pieces
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.results import Results
+from nanochat_ray.plan import duration
 from nanochat_ray.storage import Folder
 
 PIECE = 32  # questions handed out at once: as many replies as an engine writes at a time
@@ -32,6 +33,7 @@ def sit(
     total = sum(len(task.items) for task in exam.tasks)
     todo = pieces(exam.tasks, PIECE, results.done)
     if not todo:
+        print(f"{title}: all {total:,} questions were answered before", flush=True)
         return results.finish(), None
     if results.done:
         print(f"{title}: {len(results.done):,} of {total:,} questions are done, going on", flush=True)
@@ -87,23 +89,21 @@ class _Progress:
     def add(self, questions: int) -> None:
         self._done += questions
         if time.monotonic() - self._told >= TELL_EVERY_S:
-            self._tell()
+            self._tell(f"eta {duration((self._total - self._done) / self.per_second)}")
 
     def end(self) -> None:
-        self._tell()
+        assert self._began is not None
+        self._tell(f"in {duration(time.monotonic() - self._began)}")
 
     @property
     def per_second(self) -> float:
         assert self._began is not None
         return (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
 
-    def _tell(self) -> None:
-        from nanochat_ray.plan import duration
-
+    def _tell(self, when: str) -> None:
         self._told = time.monotonic()
-        left = duration((self._total - self._done) / self.per_second)
         print(
             f"{self._title}: {self._done:,}/{self._total:,} questions | {self.per_second:,.1f}/s | "
-            f"workers {self._workers} | eta {left}",
+            f"workers {self._workers} | {when}",
             flush=True,
         )
