@@ -51,11 +51,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     step = Checkpoints.of(stage).newest_valid(cli.warn)
     assert step is not None
     result = {"step": step, **bits_and_samples(args, step)}
+    before = stage.read_json("base_eval.json") if stage.exists("base_eval.json") else {}
+    if before.get("core", {}).get("model_digest") == Checkpoints.of(stage).digest(step):
+        result["core"] = before["core"]  # stays true of these weights, also if it is not measured again
     stage.write_json("base_eval.json", result)
     if core is not None:
         result["core"] = core.of_step(stage, step)
         stage.write_json("base_eval.json", result)
-    else:
+    elif "core" not in result:
         print("CORE was not measured; --bundle public, or a folder that has its questions, measures it")
     return {**result, "artifacts": {"base_eval": str(stage / "base_eval.json")}}
 
@@ -85,9 +88,11 @@ class Core:
         from nanochat_ray.eval.measure import measured_before
 
         self.args = args
-        self.other = measured_before(run_folder(args.storage, args.compare) / "base", "CORE") if args.compare else None
         self.bundle = bundle_of(source, args.storage)
         self.tasks = self.bundle.asked(args.max_per_task)
+        self.other = None
+        if args.compare:
+            self.other = measured_before(run_folder(args.storage, args.compare) / "base", "CORE", self.tasks)
 
     def of_step(self, stage: Folder, step: int, niceness: int = 0) -> dict[str, Any]:
         """The summary of a run's checkpoint."""

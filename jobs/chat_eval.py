@@ -63,9 +63,9 @@ class Chat:
         self.core = chat_core_of(args.tasks, args.sft, args.max_per_task)
         if not self.core and (args.watch or args.compare):
             raise UsageError("--watch and --compare are about ChatCORE; say with --tasks where its questions are")
-        self.other = (
-            measured_before(run_folder(args.storage, args.compare) / "sft", "ChatCORE") if args.compare else None
-        )
+        self.other = None
+        if args.compare:
+            self.other = measured_before(run_folder(args.storage, args.compare) / "sft", "ChatCORE", self.core)
         self.held_out = []
         if not args.watch and (stage / "data").exists():
             examples = [example for unit in open_mixture(stage / "data").validation for example in read_examples(unit)]

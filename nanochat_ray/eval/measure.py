@@ -117,17 +117,24 @@ def compared(ours: Measured, tasks: Sequence[Task], theirs: Mapping[str, Any]) -
     return {"with": theirs["title"], **compare(first, second)}
 
 
-def measured_before(stage: Folder, name: str) -> dict[str, Any]:
-    """The summary of a stage that was measured before.
+def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The summary of a stage that was measured before, to compare with; asked before anything is measured anew.
 
     Raises:
-        UserError: it was not.
+        UserError: it was not, or was asked other questions.
     """
     file, key = _ARTIFACTS[name]
     found = stage.read_json(file).get(key) if stage.exists(file) else None
     if found is None:
         raise UserError(
             f"{name} of {stage} was not measured: there is nothing to compare with; evaluate that run first"
+        )
+    if found["bundle_hash"] != _hash(tasks):
+        most = found["max_per_task"]
+        asked = f"at most {most:,} of each task" if most else "all of each task"
+        raise UserError(
+            f"{found['title']} was asked other questions ({asked}), so there is nothing to compare; evaluate both with "
+            "the same questions and --max-per-task"
         )
     return found
 
