@@ -17,10 +17,13 @@ from nanochat_ray.storage import Folder, run_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.export", __doc__, ["run", "storage", "fresh"])
-    parser.add_argument("--stage", choices=("base", "sft"), default=None, help="(default: sft, if it was trained)")
+    parser = cli.build_parser("jobs.export", __doc__, ["run", "storage"])
+    parser.add_argument(
+        "--stage", choices=("base", "sft"), default=None, help="which model (default: sft, or else base)"
+    )
     parser.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
     parser.add_argument("--to", default=None, help="folder or URI (default: export/<stage>_<step> in the run's folder)")
+    parser.add_argument("--fresh", action="store_true", help="replace another bundle in that folder")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; bfloat16 rounds them"
     )
