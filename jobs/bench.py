@@ -30,8 +30,6 @@ SIZES = {
     "steps": "training steps per run", "megabytes": "text to load",
 }  # fmt: skip
 SHARED = ("corpus", "shards", "storage", "dtype", "compile", "depth", "bundle", "max-per-task")
-DECODE_REPEATS = {True: 2, False: 5}  # by --quick
-RECOVERY_REPEATS = {True: 1, False: 10}
 SPOT_MACHINES = 2  # at once; more simulated ones than cores would measure each other
 
 
@@ -62,8 +60,7 @@ def _data(args: argparse.Namespace) -> Measured:
     plan, corpus, tokenizer = _text(args)
     length = plan.model.sequence_len
     figures = {"corpus": corpus.name, **measure_data(tokenizer, corpus.train, length, plan.micro_batch_rows)}
-    title = f"data: T={length}, vocabulary {tokenizer.vocab_size:,}, {figures['tokens']:,} tokens"
-    return title, figures, data_lines
+    return f"data: {plan.in_words}, {figures['tokens']:,} tokens", figures, data_lines
 
 
 def _train(args: argparse.Namespace) -> Measured:
@@ -72,7 +69,7 @@ def _train(args: argparse.Namespace) -> Measured:
     plan, corpus, tokenizer = _text(args)
     compiled = args.compile == "on" or (args.compile == "auto" and not args.quick)  # auto: as a long run would be
     figures = {"corpus": corpus.name, **measure_training(plan, tokenizer, corpus, args.dtype, compiled)}
-    return f"train: {_model(plan)}", figures, training_lines
+    return f"train: {plan.in_words}", figures, training_lines
 
 
 def _decode(args: argparse.Namespace) -> Measured:
@@ -80,9 +77,9 @@ def _decode(args: argparse.Namespace) -> Measured:
 
     plan, corpus, tokenizer = _text(args, longer=2)  # room for a prompt of the given length and a reply
     prompt = plan.model.sequence_len // 2
-    settings = DecodeSettings(prompt, new_tokens=prompt // 8, repeats=DECODE_REPEATS[args.quick])
+    settings = DecodeSettings(prompt, new_tokens=prompt // 8, repeats=2 if args.quick else 5)
     figures = {"corpus": corpus.name, **measure_decoding(plan, tokenizer, args.dtype, settings)}
-    return f"decode: {_model(plan)}", figures, decode_lines
+    return f"decode: {plan.in_words}", figures, decode_lines
 
 
 def _checkpoint(args: argparse.Namespace) -> Measured:
@@ -91,7 +88,7 @@ def _checkpoint(args: argparse.Namespace) -> Measured:
 
     plan = plan_of(_sizes(args, QUICK | {"steps": 24} if args.quick else CHECKPOINT), micro_batches=1)
     figures = measure_checkpoints(plan, args.dtype, Folder.at(args.storage))
-    return f"checkpoint: {_model(plan)}", figures, checkpoint_lines
+    return f"checkpoint: {plan.in_words}", figures, checkpoint_lines
 
 
 def _eval(args: argparse.Namespace) -> Measured:
@@ -100,13 +97,13 @@ def _eval(args: argparse.Namespace) -> Measured:
 
     tasks = bundle_of(args.bundle or "public", args.storage).asked(args.max_per_task or eval_bench.LEAST_PER_TASK)
     plan, _, tokenizer = _text(args, eval_bench.QUICK if args.quick else eval_bench.SIZES)
-    return f"eval: {_model(plan)}", eval_bench.measure(plan, tokenizer, tasks, args.dtype), eval_bench.lines
+    return f"eval: {plan.in_words}", eval_bench.measure(plan, tokenizer, tasks, args.dtype), eval_bench.lines
 
 
 def _recovery(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.recovery_bench import measure_recovery, recovery_lines
 
-    figures = measure_recovery(args.corpus, RECOVERY_REPEATS[args.quick])
+    figures = measure_recovery(args.corpus, repeats=1 if args.quick else 10)
     return "recovery: a tiny model on two simulated machines", figures, recovery_lines
 
 
@@ -117,7 +114,7 @@ def _serve(args: argparse.Namespace) -> Measured:
     if settings.url or settings.run:
         return f"serve: {settings.url or settings.run}", measure_serving(settings, None), serving_lines
     plan, _, tokenizer = _text(args, SERVED_QUICK if args.quick else SERVED)
-    return f"serve: {_model(plan)}", measure_serving(settings, (plan, tokenizer)), serving_lines
+    return f"serve: {plan.in_words}", measure_serving(settings, (plan, tokenizer)), serving_lines
 
 
 def _spot(args: argparse.Namespace) -> Measured:
@@ -128,8 +125,7 @@ def _spot(args: argparse.Namespace) -> Measured:
         raise UsageError("bench spot needs --trace FILE: how many machines there were, as SkyPilot's traces say")
     changes = schedule(read_trace(args.trace), args.speedup, args.minutes, SPOT_MACHINES)
     figures = measure_spot(args.corpus, changes, args.minutes, SPOT_MACHINES)
-    title = f"spot: {args.minutes:g} minutes of {args.trace}, {args.speedup:g} times as fast, {SPOT_MACHINES} machines"
-    return title, figures, spot_lines
+    return f"spot: {args.minutes:g} minutes of {args.trace}, {args.speedup:g} times as fast", figures, spot_lines
 
 
 BENCHMARKS = {
@@ -148,12 +144,6 @@ def _text(args: argparse.Namespace, usual: Sizes | None = None, longer: int = 1)
 
 def _sizes(args: argparse.Namespace, usual: Sizes) -> Sizes:
     return {name: getattr(args, name) or size for name, size in usual.items()}
-
-
-def _model(plan: "Plan") -> str:
-    shape = plan.model
-    width = f"d{plan.depth}, width {shape.n_embd}, T={shape.sequence_len}"
-    return f"{width}, vocabulary {shape.vocab_size:,}, {plan.micro_batch_rows} rows"
 
 
 if __name__ == "__main__":

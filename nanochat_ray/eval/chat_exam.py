@@ -1,7 +1,10 @@
 """ChatCORE and held-out questions as an exam: one model that scores letters and writes replies, in turn."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanochat_ray.chat import render_prompt
@@ -11,6 +14,7 @@ from nanochat_ray.eval.chat_core import LETTERS, ChatTask, judge_reply, letter_q
 from nanochat_ray.eval.exam import Grade, Piece, RunModel
 from nanochat_ray.eval.question import Verdict, judge
 from nanochat_ray.tasks.conversations import Conversation
+from nanochat_ray.tasks.humaneval import CheckedProgram
 
 MAX_REPLY_TOKENS = 512
 
@@ -42,6 +46,9 @@ def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int) -> G
     by_name = {task.name: task for task in tasks}
     tokenizer: Any = engine.tokenizer
 
+    def passes(checked: CheckedProgram) -> bool:
+        return run_program(checked.program, checked.tests).passed
+
     def grade(piece: Piece) -> list[Verdict]:
         task = by_name[piece.task]
         if task.kind == LETTERS:
@@ -51,10 +58,8 @@ def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int) -> G
             engine.reset()
             return verdicts
         replies = write_replies(engine, [prompt_of(task, index) for index in piece.indices], max_tokens)
-        return [
-            judge_reply(task, index, reply, lambda checked: run_program(checked.program, checked.tests).passed)
-            for index, reply in zip(piece.indices, replies, strict=True)
-        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes of their own
+            return list(pool.map(partial(judge_reply, task, run=passes), piece.indices, replies))
 
     return grade
 

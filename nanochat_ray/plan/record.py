@@ -46,6 +46,13 @@ class Plan:
     rules: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def in_words(self) -> str:
+        """The model and its micro-batch in a line."""
+        shape = self.model
+        width = f"d{self.depth}, width {shape.n_embd}, T={shape.sequence_len}"
+        return f"{width}, vocabulary {shape.vocab_size:,}, {self.micro_batch_rows} rows"
+
+    @property
     def flops(self) -> int:
         """FLOPs of the whole stage."""
         return self.flops_per_token * self.tokens
