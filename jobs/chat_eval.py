@@ -83,7 +83,7 @@ class Chat:
         args = self.args
         model = RunModel(args.storage, args.run, "sft", step, args.dtype)
         measured = measure(
-            "ChatCORE",
+            "ChatCORE" if self.core else "held-out",
             ChatExam(model, [*self.core, *self.held_out], args.max_tokens),
             subject_of(model, self.stage),
             max_per_task=args.max_per_task,

@@ -42,13 +42,17 @@ def random_model(shape: ModelShape, seed: int = 0) -> GPT:
     return model.eval()
 
 
-def make_run(run: Folder, shape: ModelShape = JULY, stages: Sequence[str] = ("sft",), seed: int = 0) -> GPT:
-    """A run whose stages all hold one random model, at step 7; returns the model."""
+def make_run(
+    run: Folder, shape: ModelShape = JULY, stages: Sequence[str] = ("sft",), seed: int = 0, step: int = 7
+) -> GPT:
+    """A run whose stages all hold one random model, at a step of 7; returns the model."""
     tokenizer, model = tiny_tokenizer(shape.vocab_size), random_model(shape, seed)
     tokenizer.save(run / "tokenizer")
     plan = make_plan(depth=2, head_size=64, vocab_size=shape.vocab_size, steps=7)
     for stage in stages:
         plan = replace(plan, model=shape, depth=shape.n_layer, stage=SFT if stage == "sft" else plan.stage)
-        cursor = Cursor(StreamIdentity("c0ffee", tokenizer.fingerprint, shape.sequence_len, 4, 4, 42), 7, 7 * 512 * 16)
+        cursor = Cursor(
+            StreamIdentity("c0ffee", tokenizer.fingerprint, shape.sequence_len, 4, 4, 42), step, step * 512 * 16
+        )
         Checkpoints.of(run / stage).save(TrainState(plan, cursor), dict(model.state_dict()), {})
     return model

@@ -14,7 +14,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import ORDER_SEED, SHOTS_SEED
 from nanochat_ray.eval.exam import Exam, RunModel, Task, identity
 from nanochat_ray.eval.question import Verdict
-from nanochat_ray.eval.results import aligned, by_task, read_results
+from nanochat_ray.eval.results import RESULTS, aligned, by_task, read_results
 from nanochat_ray.eval.sitting import sit
 from nanochat_ray.eval.statistics import RESAMPLES, SEED
 from nanochat_ray.eval.summary import compare, comparison_table, summarise, table
@@ -94,7 +94,7 @@ def measure(
         **(summarise(by_task(tasks, verdicts)) if tasks else {}),
         "references": {},
         "comparison": None,
-        "results": str(folder / "results.parquet"),
+        "results": str(folder / RESULTS),
     }
     if tasks:
         _note(subject.stage, summary)
@@ -102,16 +102,13 @@ def measure(
 
 
 def compared(ours: Measured, tasks: Sequence[Task], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The paired comparison with another model that was measured before, of which this is the summary.
+    """The paired comparison with another model, of which this is the summary, as `measured_before` gives it.
 
     Raises:
-        UserError: its results are gone, or it was asked other questions.
+        UserError: its results are damaged, or not of the same questions.
     """
-    place, _, _ = theirs["results"].rpartition("/")
-    found = read_results(Folder.at(place))
-    if not found:
-        raise UserError(f"{theirs['results']}, to compare with, is gone; evaluate that model again")
     names = {task.name for task in tasks}
+    found = read_results(_folder_of(theirs))
     pairs = aligned(*([verdict for verdict in each if verdict.task in names] for each in (ours.verdicts, found)))
     first, second = (by_task(tasks, verdicts) for verdicts in pairs)
     return {"with": theirs["title"], **compare(first, second)}
@@ -121,7 +118,7 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str
     """The summary of a stage that was measured before, to compare with; asked before anything is measured anew.
 
     Raises:
-        UserError: it was not, or was asked other questions.
+        UserError: it was not, was asked other questions, or its answers are gone.
     """
     file, key = _ARTIFACTS[name]
     found = stage.read_json(file).get(key) if stage.exists(file) else None
@@ -136,6 +133,8 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str
             f"{found['title']} was asked other questions ({asked}), so there is nothing to compare; evaluate both with "
             "the same questions and --max-per-task"
         )
+    if not _folder_of(found).exists(RESULTS):
+        raise UserError(f"{found['results']}, to compare with, is gone; evaluate {found['title']} again")
     return found
 
 
@@ -145,6 +144,10 @@ def tell(summary: Mapping[str, Any]) -> None:
     if summary["comparison"] is not None:
         print(f"\ncompared with {summary['comparison']['with']}\n{comparison_table(summary['comparison'])}")
     print(f"each question: {summary['results']}", flush=True)
+
+
+def _folder_of(summary: Mapping[str, Any]) -> Folder:
+    return Folder.at(summary["results"].rpartition("/")[0])
 
 
 def _hash(tasks: Sequence[Task]) -> str:

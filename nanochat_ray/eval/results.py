@@ -22,7 +22,7 @@ from nanochat_ray.eval.summary import TaskResult
 from nanochat_ray.storage import Folder
 
 WRITE_EVERY_S = 5.0  # what a lost driver loses
-_FINISHED = "results.parquet"
+RESULTS = "results.parquet"
 _SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -80,7 +80,7 @@ class Results:
         """Everything in one file, by task and place; returns it."""
         verdicts = [self._known[key] for key in sorted(self._known)]
         if self._part >= 0 or self._unwritten:
-            self._write(_FINISHED, verdicts)
+            self._write(RESULTS, verdicts)
             self._unwritten = []
             for name in _parts(self.folder):
                 self.folder.delete(name)
@@ -131,7 +131,7 @@ def read_results(folder: Folder) -> list[Verdict]:
     Raises:
         UserError: a file is damaged; names it.
     """
-    names = [*([_FINISHED] if folder.exists(_FINISHED) else []), *_parts(folder)]
+    names = [*([RESULTS] if folder.exists(RESULTS) else []), *_parts(folder)]
     verdicts: list[Verdict] = []
     for name in names:
         try:
