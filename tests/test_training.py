@@ -285,7 +285,7 @@ def test_finetuning_and_evaluation_follow(workplace, calm, capsys, tmp_path):
     )
     assert "another was asked for" in capsys.readouterr().err
     assert (calm / "sft" / "data").exists("mixture.json")
-    command = [*common, "--corpus", str(workplace / "corpus"), "--json"]
+    command = [*common, "--corpus", str(workplace / "corpus"), "--bundle", "none", "--json"]
     assert cli.run(base_eval.main, base_eval.build_parser(), command) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["status"] == "done"
