@@ -115,14 +115,18 @@ class _TextTokenizer:
     """What rendering asks of a tokenizer; special tokens are those of the model, and text makes none."""
 
     def __init__(self, tokenizer: Any, path: str) -> None:
+        self._tokenizer = tokenizer
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
             raise UserError(f"the tokenizer of {path} has no token that begins a text (bos_token or eos_token)")
         self.bos: int = bos
-        self._tokenizer = tokenizer
+        # Where its files are missing, transformers may make an empty one without a word.
+        if set(self.encode("The fox is red.")) <= {tokenizer.unk_token_id}:
+            raise UserError(f"the tokenizer of {path} knows no words; its files are missing or damaged")
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Ids of any number; too many are cut later, so transformers need not warn of them."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
@@ -130,15 +134,24 @@ class _TextTokenizer:
 
 def _load(path: str, trust_code: bool) -> tuple[Any, _TextTokenizer]:
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise UserError("--hf needs the package transformers: pip install 'nanochat_ray[hf]'") from error
     how = {"trust_remote_code": trust_code, "local_files_only": True}
+    # Weights that do not fit are told of below, together with those that are missing.
+    how_model = how | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **how)
-        model = AutoModelForCausalLM.from_pretrained(path, **how)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(path, **how_model)
+    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         hint = "" if trust_code else "; if it comes with code that you trust, give --trust-code"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no causal language model can be loaded from {path}: {reason}{hint}") from error
+    wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(found[kind], key=str)]
+    if wrong:  # which would stay as they were initialised: at random
+        raise UserError(
+            f"no causal language model can be loaded from {path}: {len(wrong)} of its weights are missing or have "
+            f"another shape than its config.json says, {wrong[0]} first"
+        )
     return model, _TextTokenizer(tokenizer, path)
