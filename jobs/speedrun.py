@@ -19,7 +19,7 @@ STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_e
 
 def build_parser() -> argparse.ArgumentParser:
     shared = [*cli.TRAINING_FLAGS, "corpus", "shards", "depth", "preset", "sft", "tasks", "port"]
-    shared += ["spot-price", "on-demand-price"]
+    shared += ["bundle", "max-per-task", "eval-workers", "spot-price", "on-demand-price"]
     parser = cli.build_parser("jobs.speedrun", __doc__, shared)
     parser.add_argument("--serve", action="store_true", help="end with the chat page, until Ctrl-C")
     return parser
@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         from nanochat_ray.serve.app import HOST, Served, require_free_port, serve_until_interrupted
 
         require_free_port(HOST, args.port)
+    _require_questions(args)
     figures: dict[str, Any] = {}
     began = time.monotonic()
     with connect(args.address, cli.parse_workers(args.workers)[1], ray_stream.load):
@@ -68,6 +69,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _stage_job(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     job = importlib.import_module(f"jobs.{stage}")
     return job.main(job.build_parser().parse_args(_argv(stage, args)))
+
+
+def _require_questions(args: argparse.Namespace) -> None:
+    """Have what the evaluations ask, so that neither a network nor a wrong flag stops them after hours of training."""
+    from nanochat_ray.eval.bundle import bundle_of, bundle_source
+    from nanochat_ray.eval.chat_core import chat_core_of
+
+    source = bundle_source(args.bundle, args.corpus)
+    if source is not None:
+        bundle_of(source, args.storage).asked(args.max_per_task)
+    chat_core_of(args.tasks, args.sft, args.max_per_task)
 
 
 def _argv(stage: str, args: argparse.Namespace) -> list[str]:
