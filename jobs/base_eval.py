@@ -99,7 +99,8 @@ class Core:
         from nanochat_ray.eval.exam import CoreExam, RunModel
         from nanochat_ray.eval.measure import subject_of
 
-        model = RunModel(self.args.storage, self.args.run, "base", step, self.args.dtype)
+        storage = str(Folder.at(self.args.storage))  # absolute: it travels to processes that stand elsewhere
+        model = RunModel(storage, self.args.run, "base", step, self.args.dtype)
         return self.measure(CoreExam(model, self.tasks), subject_of(model, stage), niceness)
 
     def measure(self, exam: "Exam", subject: "Subject", niceness: int = 0) -> dict[str, Any]:

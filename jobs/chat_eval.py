@@ -81,7 +81,8 @@ class Chat:
         from nanochat_ray.eval.measure import compared, measure, subject_of, tell
 
         args = self.args
-        model = RunModel(args.storage, args.run, "sft", step, args.dtype)
+        storage = str(Folder.at(args.storage))  # absolute: it travels to processes that stand elsewhere
+        model = RunModel(storage, args.run, "sft", step, args.dtype)
         measured = measure(
             "ChatCORE" if self.core else "held-out",
             ChatExam(model, [*self.core, *self.held_out], args.max_tokens),

@@ -433,6 +433,15 @@ def test_without_chat_cores_tasks_the_held_out_questions_are_asked(asked, capsys
     assert "ChatCORE" not in out
 
 
+@pytest.mark.slow
+def test_a_finished_run_is_watched_to_its_end_at_once(asked, capsys, monkeypatch, no_model):
+    monkeypatch.setattr("os.nice", None)
+    assert asked.chat_eval("--run", "one", "--tasks", str(asked.root / "tasks"), "--watch") == 0
+    assert "ChatCORE: all 20 questions were answered before" in capsys.readouterr().out
+    (line,) = map(json.loads, asked.stage("one", "sft").read("evaluations.jsonl").decode().splitlines())
+    assert (line["name"], line["step"]) == ("ChatCORE", 7)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
@@ -450,10 +459,11 @@ def test_a_chat_model_that_cannot_be_asked_is_one_line(place, capsys, no_model, 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_several_processes_find_what_one_finds(measured, ray_cluster, capsys):
+def test_several_processes_wherever_they_stand_find_what_one_finds(measured, ray_cluster, capsys, monkeypatch):
     measured.new_run("spread", seed=1)
     alone = measured.core("one")
-    assert measured.base_eval("--run", "spread", "--eval-workers", "2") == 0
+    monkeypatch.chdir(measured.root)  # the cluster's processes stand where the tests were started
+    assert measured.base_eval("--run", "spread", "--storage", "out", "--eval-workers", "2") == 0
     assert re.search(rf"CORE: {QUESTIONS}/{QUESTIONS} questions", capsys.readouterr().out)
     spread = measured.core("spread")
     assert spread["tasks"] == alone["tasks"]

@@ -143,11 +143,12 @@ def _load(path: str, trust_code: bool) -> tuple[Any, _TextTokenizer]:
     how_model = how | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **how)
-        model, found = AutoModelForCausalLM.from_pretrained(path, **how_model)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **how_model)
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         hint = "" if trust_code else "; if it comes with code that you trust, give --trust-code"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no causal language model can be loaded from {path}: {reason}{hint}") from error
+    model, found = loaded
     wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(found[kind], key=str)]
     if wrong:  # which would stay as they were initialised: at random
         raise UserError(
