@@ -65,8 +65,8 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "tasks": dict(default=None, help="folder of GSM8K, MMLU and ARC as parquet (default: beside --sft, else none)"),
     "bundle": dict(
         default=None,
-        help="CORE's questions: public (downloaded once) | none | a folder or URI that has them (default: public, but "
-        "none for the demo corpus)",
+        help="CORE's questions: public (downloaded once) | none | a folder or URI that has them (default: public for a "
+        "public corpus, else none)",
     ),
     "max-per-task": dict(type=at_least(1), default=None, help="questions of each task (default: all)"),
     "eval-workers": dict(

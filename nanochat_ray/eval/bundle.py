@@ -27,6 +27,7 @@ import yaml
 
 from nanochat_ray import __version__
 from nanochat_ray.cli import warn
+from nanochat_ray.data.download import PUBLIC_SETS
 from nanochat_ray.data.transfer import Patience, fetch_file
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import CoreTask, check_items
@@ -66,10 +67,10 @@ def bundle_source(chosen: str | None, corpus: str) -> str | None:
     """Where CORE's questions come from, for `bundle_of`; None: they are not asked.
 
     Args:
-        chosen: `--bundle`. Without it they are public, but a model of the demo corpus, which must not need a network
-            and would only guess, is not asked.
+        chosen: `--bundle`. Without it, models of public corpora are asked the public ones; those of the demo or of
+            someone's own corpus may have no network, and small ones would only guess.
     """
-    source = chosen or ("none" if corpus == "demo" else "public")
+    source = chosen or ("public" if corpus in PUBLIC_SETS else "none")
     return None if source == "none" else source
 
 
