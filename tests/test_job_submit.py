@@ -140,7 +140,7 @@ def test_every_stage_runs_as_a_submitted_job_and_a_stopped_one_continues(cluster
     assert "bits per byte" in cluster.run("base_eval", *corpus, "--eval-tokens", "2048")
     chats = ("--sft", str(cluster.folder / "chats.jsonl"), "--steps", "3", "--compile", "off")
     cluster.run("sft", "--run", "first", *chats)
-    assert "asking" in cluster.run("chat_eval", "--run", "first", "--max-per-task", "2", "--max-tokens", "4")
+    assert "held-out: " in cluster.run("chat_eval", "--run", "first", "--max-per-task", "2", "--max-tokens", "4")
     cluster.run("report", "--run", "first")
     assert (run / "report").exists("report.html")
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from nanochat_ray.cli import was_submitted
 from nanochat_ray.eval.exam import Exam, Piece, pieces
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.results import Results
@@ -21,7 +20,8 @@ def sit(
 ) -> tuple[list[Verdict], float | None]:
     """Every question's verdict, by task and place; and questions per second, None if all were done before.
 
-    One worker and no cluster: in this process, without Ray.
+    One worker and no cluster named: in this process, without Ray. So it is in a submitted job, too: where there is one
+    GPU the job has it, and another process would wait for it for ever.
 
     Args:
         niceness: by how much the processes that compute give way to others of their machines.
@@ -53,7 +53,7 @@ def sit(
 def _grading(
     exam: Exam, todo: Sequence[Piece], workers: int, address: str | None, niceness: int, progress: "_Progress"
 ) -> Iterator[Iterator[list[Verdict]]]:
-    if workers == 1 and address is None and not was_submitted():
+    if workers == 1 and address is None:
         os.nice(niceness)
         grade = exam.begin()
         progress.workers(1)
