@@ -178,6 +178,7 @@ def test_letters_are_read_once_for_all_choices():
     assert [(reading.members, reading.rows) for reading in readings] == [((0, 1, 2, 3), 1)]
 
 
+@pytest.mark.slow
 def test_all_tasks_of_the_real_bundle_can_be_asked(shared_data):
     bundle = open_bundle(Folder.at(shared_data / "eval_bundle"))
     tasks = bundle.asked(12)

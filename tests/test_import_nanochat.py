@@ -101,6 +101,7 @@ def test_the_newest_checkpoint_is_taken_unless_another_is_named(place):
         read_checkpoint(Folder.at(place / "source"), 31)
 
 
+@pytest.mark.slow
 def test_source_tokenizer_and_storage_may_be_uris(place):
     public = make_model(OCTOBER)
     write_checkpoint(place / "source", public)

@@ -73,6 +73,7 @@ def test_prompts_that_a_short_context_cannot_hold_are_left_out():
     assert [sample.prompt for sample in short] == [text for text in OPENINGS if len(text) + 1 < 24]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_last_bit_with_samples_and_without():
     plan = make_plan(
         depth=2, vocab_size=320, head_size=64, sequence_len=64, batch_tokens=512, micro_batch_rows=4, steps=4

@@ -136,6 +136,7 @@ SHORT = {name: ALL[name] for name in ALL if name not in LONG}
 AT_ONCE = ("endless loop in a finalizer", "it ignores signals", "it stops itself", "fork bomb that ignores refusals")
 
 
+@pytest.mark.slow
 def test_what_neither_passes_nor_hurts(surroundings):
     began = time.monotonic()
     attempt(SHORT, surroundings)
@@ -143,6 +144,7 @@ def test_what_neither_passes_nor_hurts(surroundings):
     unhurt(surroundings)
 
 
+@pytest.mark.slow
 def test_what_would_go_on_for_ever_is_ended_in_time(surroundings):
     results = attempt({name: ALL[name] for name in AT_ONCE}, surroundings)
     assert max(result.seconds for result in results.values()) < QUICK.wall_s + 8
