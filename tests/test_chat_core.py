@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from nanochat_ray.chat import render_prompt
 from nanochat_ray.engine.engine import Engine
@@ -28,6 +29,7 @@ from nanochat_ray.tasks.multiple_choice import MultipleChoice
 from tests.fakes import ByteTokenizer, ScriptedModel, script, tiny_model
 
 TOKENIZER = ByteTokenizer()
+BATCH = 300  # tokens
 SUM = exchange_with_tool("What is 2 + 3?", "2+3", "5", "The answer is 5.")
 DOUBLE = Problem(
     task_id="x/0",
@@ -39,7 +41,7 @@ DOUBLE = Problem(
 
 
 def graded(model: ScriptedModel, task: ChatTask, max_tokens: int = 64):
-    grade = chat_grader([task], Engine(model, TOKENIZER), max_tokens)
+    grade = chat_grader([task], Engine(model, TOKENIZER), max_tokens, BATCH)
     return grade(Piece(task.name, tuple(range(len(task.items)))))
 
 
@@ -65,11 +67,9 @@ def test_the_likeliest_letter_is_the_answer_even_where_another_token_is_likelier
     items = tuple(MultipleChoice(f"Number {n}?", ("a", "b", "c", "d"), 2) for n in range(6))
     task = ChatTask("t", LETTERS, 0.25, items)
     engine = Engine(TorchStep(model), TOKENIZER)
-    verdicts = chat_grader([task], engine, 8)(Piece("t", tuple(range(6))))
+    verdicts = chat_grader([task], engine, 8, BATCH)(Piece("t", tuple(range(6))))
     for verdict, item in zip(verdicts, items, strict=True):
         prompt = render_prompt(TOKENIZER, [{"role": "user", "content": item.render()}])
-        import torch
-
         logits = model(torch.tensor([prompt]))[0, -1].detach().numpy()
         assert verdict.prediction == str(int(np.argmax([logits[ord(letter)] for letter in "ABCD"])))
 
@@ -79,7 +79,7 @@ def test_replies_are_right_after_letters_were_scored_with_the_same_model():
     prompts = [[{"role": "user", "content": f"Tell me about {n} things"}] for n in range(3)]
     before = write_replies(engine, prompts, 12)
     task = ChatTask("t", LETTERS, 0.25, (MultipleChoice("Which?", ("a", "b"), 0),) * 40)
-    chat_grader([task], engine, 8)(Piece("t", tuple(range(40))))
+    chat_grader([task], engine, 8, BATCH)(Piece("t", tuple(range(40))))
     assert write_replies(engine, prompts, 12) == before
 
 

@@ -13,6 +13,7 @@ from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.eval.chat_core import LETTERS, ChatTask, judge_reply, letter_question, prompt_of
 from nanochat_ray.eval.exam import Grade, Piece, RunModel
 from nanochat_ray.eval.question import Verdict, judge
+from nanochat_ray.eval.scorer import StepScorer, batch_tokens
 from nanochat_ray.tasks.conversations import Conversation
 from nanochat_ray.tasks.humaneval import CheckedProgram
 
@@ -35,13 +36,17 @@ class ChatExam:
 
         model = self.model
         loaded = load_chat_model(model.storage, model.run, model.stage, dtype=model.dtype, step=model.step)
-        return chat_grader(self.tasks, loaded.engine, self.max_tokens)
+        return chat_grader(self.tasks, loaded.engine, self.max_tokens, batch_tokens(loaded.about["device"]))
 
 
-def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int) -> Grade:
-    """Grades with an engine, whose model's blocks it takes for scoring between replies."""
+def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int, scored_at_once: int) -> Grade:
+    """Grades with an engine, whose model's blocks it takes for scoring between replies.
+
+    Args:
+        max_tokens: of a reply.
+        scored_at_once: tokens of a batch of lettered questions.
+    """
     from nanochat_ray.eval.sandbox import run_program
-    from nanochat_ray.eval.scorer import StepScorer
 
     by_name = {task.name: task for task in tasks}
     tokenizer: Any = engine.tokenizer
@@ -52,7 +57,7 @@ def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int) -> G
     def grade(piece: Piece) -> list[Verdict]:
         task = by_name[piece.task]
         if task.kind == LETTERS:
-            scorer = StepScorer(engine.model)
+            scorer = StepScorer(engine.model, scored_at_once)
             questions = [letter_question(task, index, tokenizer, scorer.limit) for index in piece.indices]
             verdicts = [judge(question, ends, tokenizer.decode) for question, ends in scorer.score(questions)]
             engine.reset()

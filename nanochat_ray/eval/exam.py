@@ -110,12 +110,11 @@ class CoreExam:
 
     def begin(self) -> Grade:
         from nanochat_ray.engine.load import load_chat_model
-        from nanochat_ray.eval.scorer import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, StepScorer
+        from nanochat_ray.eval.scorer import StepScorer, batch_tokens
 
         model = self.model
         loaded = load_chat_model(model.storage, model.run, model.stage, dtype=model.dtype, step=model.step)
-        on_cpu = loaded.about["device"] == "cpu"
-        scorer = StepScorer(loaded.engine.model, CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        scorer = StepScorer(loaded.engine.model, batch_tokens(loaded.about["device"]))
         return core_grader(self.tasks, loaded.engine.tokenizer, scorer)
 
 

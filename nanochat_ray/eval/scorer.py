@@ -22,6 +22,11 @@ CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384
 LOGITS_BYTES = 2**27  # of a batch, in fp32
 
 
+def batch_tokens(device: str) -> int:
+    """How many tokens a batch should have there: enough for the matrix units, and no more memory than that."""
+    return CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How a question is computed.
