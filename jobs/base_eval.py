@@ -31,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.engine.load import require_trained
     from nanochat_ray.eval.bundle import bundle_source
+    from nanochat_ray.eval.exam import RunModel
+    from nanochat_ray.eval.measure import BASE_EVAL, keep, subject_of
     from nanochat_ray.train.checkpoint import Checkpoints
 
     needs_core = args.hf or args.watch or args.compare
@@ -50,17 +52,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     core = Core(args, source) if source is not None else None
     step = Checkpoints.of(stage).newest_valid(cli.warn)
     assert step is not None
-    result = {"step": step, **bits_and_samples(args, step)}
-    before = stage.read_json("base_eval.json") if stage.exists("base_eval.json") else {}
-    if before.get("core", {}).get("model_digest") == Checkpoints.of(stage).digest(step):
-        result["core"] = before["core"]  # stays true of these weights, also if it is not measured again
-    stage.write_json("base_eval.json", result)
+    subject = subject_of(RunModel.at(args.storage, args.run, "base", step, args.dtype), stage)
+    result = keep(stage, BASE_EVAL, subject, bits_and_samples(args, step))
     if core is not None:
-        result["core"] = core.of_step(stage, step)
-        stage.write_json("base_eval.json", result)
+        result = core.of_step(stage, step)
     elif "core" not in result:
         print("CORE was not measured; --bundle public, or a folder that has its questions, measures it")
-    return {**result, "artifacts": {"base_eval": str(stage / "base_eval.json")}}
+    return {**result, "artifacts": {"base_eval": str(stage / BASE_EVAL)}}
 
 
 def bits_and_samples(args: argparse.Namespace, step: int) -> dict[str, Any]:
@@ -95,13 +93,14 @@ class Core:
             self.other = measured_before(run_folder(args.storage, args.compare) / "base", "CORE", self.tasks)
 
     def of_step(self, stage: Folder, step: int, niceness: int = 0) -> dict[str, Any]:
-        """The summary of a run's checkpoint."""
+        """All that is known of a run's checkpoint, CORE's summary among it."""
         from nanochat_ray.eval.exam import CoreExam, RunModel
-        from nanochat_ray.eval.measure import subject_of
+        from nanochat_ray.eval.measure import BASE_EVAL, keep, subject_of
 
-        storage = str(Folder.at(self.args.storage))  # absolute: it travels to processes that stand elsewhere
-        model = RunModel(storage, self.args.run, "base", step, self.args.dtype)
-        return self.measure(CoreExam(model, self.tasks), subject_of(model, stage), niceness)
+        model = RunModel.at(self.args.storage, self.args.run, "base", step, self.args.dtype)
+        subject = subject_of(model, stage)
+        summary = self.measure(CoreExam(model, self.tasks), subject, niceness)
+        return keep(stage, BASE_EVAL, subject, {"core": summary})
 
     def measure(self, exam: "Exam", subject: "Subject", niceness: int = 0) -> dict[str, Any]:
         """The summary of any model, which is also printed."""
@@ -127,7 +126,7 @@ def watch_core(args: argparse.Namespace, source: str, stage: Folder) -> dict[str
     from nanochat_ray.eval.watch import NICENESS, watch
 
     core = Core(args, source)
-    means = watch(stage, lambda step: core.of_step(stage, step, NICENESS)["mean"]["value"])
+    means = watch(stage, lambda step: core.of_step(stage, step, NICENESS)["core"]["mean"]["value"])
     return {"core": means, "artifacts": {"evaluations": str(stage / "evaluations.jsonl")}}
 
 

@@ -46,9 +46,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     chat = Chat(args, stage)
     step = Checkpoints.of(stage).newest_valid(cli.warn)
     assert step is not None
-    result = chat.of_step(step)
-    stage.write_json("chat_eval.json", result)
-    return {**result, "artifacts": {"chat_eval": str(stage / "chat_eval.json")}}
+    return {**chat.of_step(step), "artifacts": {"chat_eval": str(stage / "chat_eval.json")}}
 
 
 class Chat:
@@ -78,15 +76,15 @@ class Chat:
     def of_step(self, step: int, niceness: int = 0) -> dict[str, Any]:
         from nanochat_ray.eval.chat_exam import ChatExam
         from nanochat_ray.eval.exam import RunModel
-        from nanochat_ray.eval.measure import compared, measure, subject_of, tell
+        from nanochat_ray.eval.measure import CHAT_EVAL, compared, keep, measure, subject_of, tell
 
         args = self.args
-        storage = str(Folder.at(args.storage))  # absolute: it travels to processes that stand elsewhere
-        model = RunModel(storage, args.run, "sft", step, args.dtype)
+        model = RunModel.at(args.storage, args.run, "sft", step, args.dtype)
+        subject = subject_of(model, self.stage)
         measured = measure(
             "ChatCORE" if self.core else "held-out",
             ChatExam(model, [*self.core, *self.held_out], args.max_tokens),
-            subject_of(model, self.stage),
+            subject,
             max_per_task=args.max_per_task,
             workers=args.eval_workers,
             address=args.address,
@@ -94,7 +92,7 @@ class Chat:
             mean_over=self.core,
             manner=f"{args.max_tokens} tokens",
         )
-        result: dict[str, Any] = {"step": step, **self._held_out(measured.verdicts)}
+        figures: dict[str, Any] = self._held_out(measured.verdicts) if self.held_out else {}
         if self.core:
             from nanochat_ray.eval.sandbox import protections
 
@@ -102,16 +100,15 @@ class Chat:
             if self.other is not None:
                 measured.summary["comparison"] = compared(measured, self.core, self.other)
             tell(measured.summary)
-            result["chat_core"] = measured.summary
-        return result
+            figures["chat_core"] = measured.summary
+        return keep(self.stage, CHAT_EVAL, subject, figures)
 
     def _held_out(self, verdicts: Sequence[Any]) -> dict[str, Any]:
         """Scores by source, and some answers; told to people, too."""
         from nanochat_ray.tasks.conversations import spoken_text
 
         tasks, samples = {}, []
-        if self.held_out:
-            print(f"\n{'held-out questions':<20} {'right':>7} {'asked':>6} {'tool calls':>11}")
+        print(f"\n{'held-out questions':<20} {'right':>7} {'asked':>6} {'tool calls':>11}")
         for task in self.held_out:
             answers = [verdict for verdict in verdicts if verdict.task == task.name]
             right = sum(answer.correct for answer in answers) / len(answers)

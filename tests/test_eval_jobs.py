@@ -107,7 +107,7 @@ def test_without_a_bundle_the_bits_are_measured_and_what_was_known_of_these_weig
     assert "core" not in found
 
     for digest, stays in (("another", False), (Checkpoints.of(place.stage("bits")).digest(7), True)):
-        place.stage("bits").write_json("base_eval.json", {**found, "core": {"model_digest": digest}})
+        place.stage("bits").write_json("base_eval.json", {**found, "model_digest": digest, "core": {}})
         assert place.base_eval("--run", "bits", "--bundle", "none") == 0
         assert ("core" in place.stage("bits").read_json("base_eval.json")) is stays
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from nanochat_ray.eval.core import CoreTask, core_questions
 from nanochat_ray.eval.question import Verdict, judge
-from nanochat_ray.storage import run_folder
+from nanochat_ray.storage import Folder, run_folder
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class RunModel:
     stage: str
     step: int
     dtype: str | None = None
+
+    @staticmethod
+    def at(storage: str, run: str, stage: str, step: int, dtype: str | None = None) -> "RunModel":
+        """With the storage's absolute path: the model is loaded by processes that stand in other folders."""
+        return RunModel(str(Folder.at(storage)), run, stage, step, dtype)
 
     @property
     def digest(self) -> str:

@@ -20,8 +20,8 @@ from nanochat_ray.eval.statistics import RESAMPLES, SEED
 from nanochat_ray.eval.summary import compare, comparison_table, summarise, table
 from nanochat_ray.storage import Folder
 
-EVALUATIONS = "evaluations.jsonl"
-_ARTIFACTS = {"CORE": ("base_eval.json", "core"), "ChatCORE": ("chat_eval.json", "chat_core")}
+EVALUATIONS, BASE_EVAL, CHAT_EVAL = "evaluations.jsonl", "base_eval.json", "chat_eval.json"
+_ARTIFACTS = {"CORE": (BASE_EVAL, "core"), "ChatCORE": (CHAT_EVAL, "chat_core")}
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,23 @@ def tell(summary: Mapping[str, Any]) -> None:
 
 def _folder_of(summary: Mapping[str, Any]) -> Folder:
     return Folder.at(summary["results"].rpartition("/")[0])
+
+
+def keep(stage: Folder, file: str, subject: Subject, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Add figures to those that a stage's file has of the same weights, in place of those of others; returns all.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    known = stage.read_json(file) if stage.exists(file) else {}
+    if known.get("model_digest") != subject.digest:
+        known = {}
+    everything = {**known, "step": subject.step, "model_digest": subject.digest, **figures}
+    try:
+        stage.write_json(file, everything)
+    except OSError as error:
+        raise UserError(f"{stage / file} cannot be written ({error}); free space, then run it again") from error
+    return everything
 
 
 def _hash(tasks: Sequence[Task]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.exam import Exam, Piece
@@ -103,6 +103,8 @@ class _Hall:
                 except _LOST as error:
                     self._lose(actor, error)
                     continue
+                except RayTaskError as error:  # what the worker raised, without the pages that Ray puts around it
+                    raise error.cause from error
                 del self._in_hand[ref]
                 self._deaths.pop(piece, None)
                 if piece is None:
@@ -138,7 +140,7 @@ class _Hall:
             doing = "loading the model" if oldest is None else f"the same questions of {oldest.task}"
             raise UserError(
                 f"{self._deaths[oldest]} workers died over {doing} ({str(error).strip().splitlines()[-1].strip()}); "
-                "if they ran out of memory, give fewer --workers"
+                "if they ran out of memory, give fewer --eval-workers"
             ) from error
         self._queue += [piece for _, piece in reversed(held) if piece is not None]
         if actor in self._began:
