@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval import sandbox
-from nanochat_ray.eval.sandbox import Limits, Outcome, protections, run_program
+from nanochat_ray.eval.sandbox import Limits, Outcome, described, protections, run_program
 from nanochat_ray.eval.sandbox_judge import ProgramEnded, as_json, from_json
 from nanochat_ray.eval.sandbox_walls import WALLS
 from nanochat_ray.storage import Folder
@@ -94,9 +94,20 @@ def test_many_threads_may_run_programs_at_once():
 def test_protections_name_every_wall_as_standing_or_missing():
     walls = run_program("").walls
     told = protections()
+    assert told == described(walls)
     assert len(told) == 1 + len(WALLS)
     assert sum(line.startswith("NOT in force") for line in told) == len(WALLS) - len(walls)
     assert "limits" in walls
+
+
+@given(st.sets(st.sampled_from(WALLS)))
+def test_the_walls_of_any_machine_are_described_each_by_one_line_whatever_their_order(walls):
+    told = described(sorted(walls))
+    assert told == described(frozenset(walls))
+    standing = {line for line in told[1:] if not line.startswith("NOT in force here: ")}
+    assert len(standing) == len(walls)
+    assert len(set(told)) == 1 + len(WALLS)
+    assert standing == set(described(WALLS)[1:]) & set(told)
 
 
 def test_walls_are_left_out_when_asked_and_unknown_ones_are_refused():

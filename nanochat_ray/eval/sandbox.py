@@ -149,12 +149,15 @@ def protections() -> tuple[str, ...]:
     Raises:
         UserError: the sandbox cannot be set up on this machine.
     """
-    walls = run_program("pass").walls
-    missing = [wall for wall in sandbox_walls.WALLS if wall not in walls]
+    return described(run_program("pass").walls)
+
+
+def described(walls: Collection[str]) -> tuple[str, ...]:
+    """The lines of `protections()` for these walls that stand, out of `sandbox_walls.WALLS`, on whatever machine."""
     return (
         "tests run in a process that the program cannot reach",
         *(_WHAT_WALLS_DO[wall] for wall in sandbox_walls.WALLS if wall in walls),
-        *(f"NOT in force here: {_WHAT_WALLS_DO[wall]}" for wall in missing),
+        *(f"NOT in force here: {_WHAT_WALLS_DO[wall]}" for wall in sandbox_walls.WALLS if wall not in walls),
     )
 
 
