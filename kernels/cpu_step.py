@@ -93,13 +93,21 @@ class CpuStep:
     Args:
         dtype: of matrices, keys and values, torch.bfloat16 or torch.float32; residuals and norms are fp32 in either.
         threads: that share the work, the caller among them; the others sleep between steps.
+        context: positions a sequence may have; None: as many as in training.
         extra_flags: for the compiler; tests use them to get the code of other machines.
 
     Raises:
         UserError: this machine cannot compile it, or the model has a shape it does not know; see `why_not`.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, threads: int, extra_flags: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        model: GPT,
+        dtype: torch.dtype,
+        threads: int,
+        extra_flags: tuple[str, ...] = (),
+        context: int | None = None,
+    ):
         config = model.config
         reason = why_not(config, dtype)
         if reason is not None:
@@ -107,7 +115,7 @@ class CpuStep:
         if threads < 1:
             raise ValueError(f"{threads} threads cannot compute anything")
         self.vocab_size = config.vocab_size
-        self.context = config.sequence_len
+        self.context = context or config.sequence_len
         self.groups = window_groups(config)
         self._dtype = dtype
         self._kv_width = config.kv_width
@@ -118,7 +126,7 @@ class CpuStep:
         self._kept: list[object] = []  # what the compiled code points to
         shape = _Shape(
             dtype == torch.bfloat16, threads, config.n_layer, config.n_head, config.n_kv_head, config.head_size,
-            config.n_embd, config.vocab_size, config.sequence_len,
+            config.n_embd, config.vocab_size, self.context,
         )  # fmt: skip
         with torch.no_grad():
             weights = self._weights(model)

@@ -144,3 +144,12 @@ def test_grouped_heads_windows_and_a_padded_vocabulary_are_scored_too():
     ids = np.random.default_rng(0).integers(0, 300, 700).tolist()
     question = Question("t", 0, tuple((*ids, a, b) for a, b in ((1, 2), (3, 4))), (700, 700), 0, "")
     assert_same_scores(StepScorer(TorchStep(model.eval())), model, [question])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_questions_may_be_longer_than_the_context_of_training(model, fused):
+    longer = 3 * CONTEXT
+    step = cpu_step.CpuStep(model, torch.float32, 1, context=longer) if fused else TorchStep(model, longer)
+    ids = np.random.default_rng(1).integers(0, 320, longer - 4).tolist()
+    question = Question("t", 0, tuple((*ids, a, b) for a, b in ((1, 2), (3, 4))), (longer - 4,) * 2, 0, "")
+    assert_same_scores(StepScorer(step), model, [question])

@@ -127,6 +127,31 @@ def load_chat_model(
     return ChatModel(engine, run, about, fingerprint, startup)
 
 
+def load_step_model(
+    storage: str, run: str, stage: str, step: int, dtype: str | None, context_times: int
+) -> "tuple[StepModel, Tokenizer, str]":
+    """A checkpoint's network for reading texts, without an engine; its tokenizer, and the device it is on.
+
+    Args:
+        context_times: how many times as long as in training the texts may be.
+
+    Raises:
+        UserError: as `load_chat_model`.
+    """
+    from nanochat_ray.device import pick_device, pick_dtype
+    from nanochat_ray.tokenizer import Tokenizer
+    from nanochat_ray.train.checkpoint import load_model
+
+    require_trained(storage, run, stage)
+    folder = run_folder(storage, run)
+    device, _ = pick_device()
+    activations, _ = pick_dtype(device, dtype)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    model, plan, _ = load_model(folder / stage, tokenizer.fingerprint, device, activations, at_step=step)
+    step_model, _ = step_model_of(model, activations, context=context_times * plan.model.sequence_len)
+    return step_model, tokenizer, device.type
+
+
 def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None) -> str:
     return f"{checkpoints.digest(step)} {dtype or ''}"
 
@@ -145,23 +170,29 @@ def engine_of(
     return Engine(step_model, tokenizer, max_running, step_tokens, kv_bytes), how
 
 
-def step_model_of(model: "GPT", dtype: "torch.dtype", threads: int | None = None) -> "tuple[StepModel, str]":
-    """The fastest way to run a network on its device, and which one that is, in words."""
+def step_model_of(
+    model: "GPT", dtype: "torch.dtype", threads: int | None = None, context: int | None = None
+) -> "tuple[StepModel, str]":
+    """The fastest way to run a network on its device, and which one that is, in words.
+
+    Args:
+        context: positions a sequence may have; None: as many as in training.
+    """
     import torch
 
     from nanochat_ray.model.torch_step import TorchStep
 
     model.freeze(dtype)
     if model.device.type != "cpu":
-        return TorchStep(model), f"torch on {model.device.type}"
+        return TorchStep(model, context), f"torch on {model.device.type}"
     from kernels import cpu_step
 
     reason = cpu_step.why_not(model.config, dtype)
     if reason is not None:
         warn(f"replies come at a third of the speed: {reason}")
-        return TorchStep(model), f"torch: {reason}"
+        return TorchStep(model, context), f"torch: {reason}"
     threads = threads or torch.get_num_threads()
-    return cpu_step.CpuStep(model, dtype, threads), f"fused CPU step, {threads} threads"
+    return cpu_step.CpuStep(model, dtype, threads, context=context), f"fused CPU step, {threads} threads"
 
 
 def _free_memory(device: "torch.device") -> int:

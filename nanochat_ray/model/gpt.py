@@ -259,7 +259,7 @@ class GPT(nn.Module):
         return self.logits(x_BTD[:, -1] if last_only else x_BTD)
 
     def hidden_ragged(
-        self, ids_N: torch.Tensor, previous_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend
+        self, ids_N: torch.Tensor, previous_N: torch.Tensor, positions_N: torch.Tensor, context: int, attend: Attend
     ) -> torch.Tensor:
         """The final normed residual (N, D) of tokens of many sequences.
 
@@ -269,7 +269,7 @@ class GPT(nn.Module):
             attend: how the tokens, as one row, meet the keys and values of their sequences.
         """
         ids_1N = ids_N.unsqueeze(0)
-        cos_SP, sin_SP = self.rotary(self.config.sequence_len, ids_N.device, self.dtype)
+        cos_SP, sin_SP = self.rotary(context, ids_N.device, self.dtype)
         none_1N1 = (previous_N < 0).view(1, -1, 1)
         previous_1ND = self._embed(previous_N.clamp(min=0).unsqueeze(0)).masked_fill(none_1N1, 0.0)
         x_1ND = self._smear(self._embed(ids_1N), previous_1ND)

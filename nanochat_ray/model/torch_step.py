@@ -29,12 +29,16 @@ class _Rows:
 
 
 class TorchStep:
-    """A network and the blocks of its sequences."""
+    """A network and the blocks of its sequences.
 
-    def __init__(self, model: GPT) -> None:
+    Args:
+        context: positions a sequence may have; None: as many as in training.
+    """
+
+    def __init__(self, model: GPT, context: int | None = None) -> None:
         self.model = model
         self.vocab_size = model.config.vocab_size
-        self.context = model.config.sequence_len
+        self.context = context or model.config.sequence_len
         self.groups = window_groups(model.config)
         self._place = {
             layer: (group, index)
@@ -76,7 +80,7 @@ class TorchStep:
             return y_BTHK
 
         ids, previous, positions = map(self._tensor, (batch.ids, batch.previous, batch.positions))
-        x_ND = self.model.hidden_ragged(ids, previous, positions, attend)
+        x_ND = self.model.hidden_ragged(ids, previous, positions, self.context, attend)
         return self.model.logits(x_ND[self._tensor(batch.wanted)]).cpu().numpy()
 
     def _rows(self, batch: RaggedBatch, group: int) -> list[_Rows]:
