@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.engine.load import require_trained
-    from nanochat_ray.eval.bundle import bundle_source
+    from nanochat_ray.eval.core_bundle import bundle_source
     from nanochat_ray.eval.exam import RunModel
     from nanochat_ray.eval.measure import BASE_EVAL, keep, subject_of
     from nanochat_ray.train.checkpoint import Checkpoints
@@ -82,7 +82,7 @@ class Core:
     """CORE's questions, and how they are asked of one model or another."""
 
     def __init__(self, args: argparse.Namespace, source: str) -> None:
-        from nanochat_ray.eval.bundle import bundle_of
+        from nanochat_ray.eval.core_bundle import bundle_of
         from nanochat_ray.eval.measure import measured_before
 
         self.args = args

@@ -93,7 +93,7 @@ def _checkpoint(args: argparse.Namespace) -> Measured:
 
 def _eval(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench import eval_bench
-    from nanochat_ray.eval.bundle import bundle_of
+    from nanochat_ray.eval.core_bundle import bundle_of
 
     tasks = bundle_of(args.bundle or "public", args.storage).asked(args.max_per_task or eval_bench.LEAST_PER_TASK)
     plan, _, tokenizer = _text(args, eval_bench.QUICK if args.quick else eval_bench.SIZES)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_ray.errors import UsageError
-from nanochat_ray.eval.bundle import open_bundle
+from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.core import (
     LANGUAGE_MODELING,
     MULTIPLE_CHOICE,

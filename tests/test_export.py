@@ -158,7 +158,7 @@ def test_the_benchmark_of_the_very_weights_is_told(tmp_path):
         "name": "CORE",
         "mean": interval,
         "max_per_task": 50,
-        "bundle_hash": "beef",
+        "questions_hash": "beef",
         "seeds": {},
         "tasks": {"arc": {"examples": 50, "accuracy": interval, "centred": interval}},
         "model_digest": "of other weights",

@@ -14,7 +14,7 @@ import torch
 
 from jobs import base_eval
 from nanochat_ray import cli
-from nanochat_ray.eval.bundle import open_bundle
+from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.core import core_questions
 from nanochat_ray.eval.exam import Piece
 from nanochat_ray.eval.hugging_face import HuggingFaceExam, HuggingFaceScorer, model_digest

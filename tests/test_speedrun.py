@@ -6,7 +6,7 @@ import pytest
 
 from jobs import speedrun
 from nanochat_ray import cli
-from nanochat_ray.eval.bundle import URL_VARIABLE
+from nanochat_ray.eval.core_bundle import URL_VARIABLE
 from nanochat_ray.storage import Folder
 from tests.small_bundle import write_bundle
 

@@ -85,7 +85,7 @@ def measure(
         "title": subject.title,
         "step": subject.step,
         "model_digest": subject.digest,
-        "bundle_hash": _hash(tasks),
+        "questions_hash": _hash(tasks),
         "max_per_task": max_per_task,
         "seeds": {"few_shot": f"{SHOTS_SEED} + index", "order": ORDER_SEED, "bootstrap": SEED},
         "resamples": RESAMPLES,
@@ -126,7 +126,7 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str
         raise UserError(
             f"{name} of {stage} was not measured: there is nothing to compare with; evaluate that run first"
         )
-    if found["bundle_hash"] != _hash(tasks):
+    if found["questions_hash"] != _hash(tasks):
         most = found["max_per_task"]
         asked = f"at most {most:,} of each task" if most else "all of each task"
         raise UserError(

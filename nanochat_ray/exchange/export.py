@@ -132,7 +132,7 @@ def _benchmark(stage: Folder, name: str, weights_sha256: str) -> dict[str, Any] 
     tasks = {
         name: {key: task[key] for key in ("examples", "accuracy", "centred")} for name, task in found["tasks"].items()
     }
-    kept = ("name", "mean", "max_per_task", "bundle_hash", "seeds")
+    kept = ("name", "mean", "max_per_task", "questions_hash", "seeds")
     return {**{key: found.get(key) for key in kept}, "tasks": tasks}
 
 

@@ -136,7 +136,7 @@ def _benchmark(benchmark: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{interval(benchmark['mean'])}: centred accuracy, mean of the tasks, with 95 % interval{limit}; questions of "
-        f"hash `{benchmark['bundle_hash']}`.",
+        f"hash `{benchmark['questions_hash']}`.",
         _table(rows, ("task", "questions", "accuracy", "centred")),
     ]
 

@@ -148,7 +148,7 @@ def _comparison(name: str, comparison: Json) -> list[Block]:
 def _provenance(score: Json) -> str:
     seeds = ", ".join(f"{name.replace('_', '-')} {seed}" for name, seed in score.get("seeds", {}).items())
     parts = [
-        f"questions {score['bundle_hash'][:DIGEST_SHOWN]}" if score.get("bundle_hash") else "",
+        f"questions {score['questions_hash'][:DIGEST_SHOWN]}" if score.get("questions_hash") else "",
         f"model {score['model_digest'][:DIGEST_SHOWN]}" if score.get("model_digest") else "",
         f"seeds: {seeds}" if seeds else "",
         f"intervals from {score['resamples']:,} resamples" if "resamples" in score else "",

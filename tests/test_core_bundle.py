@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_ray.data.transfer import Patience
 from nanochat_ray.errors import UsageError, UserError
-from nanochat_ray.eval.bundle import URL_VARIABLE, bundle_of, bundle_source, fetch_bundle, open_bundle
+from nanochat_ray.eval.core_bundle import URL_VARIABLE, bundle_of, bundle_source, fetch_bundle, open_bundle
 from nanochat_ray.storage import Folder
 from tests.shard_server import Answer, Hub
 from tests.small_bundle import FILES, ITEMS, bundle_files, write_bundle, zipped
