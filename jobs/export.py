@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
     parser.add_argument("--to", default=None, help="folder or URI (default: export/<stage>_<step> in the run's folder)")
-    parser.add_argument("--fresh", action="store_true", help="replace another bundle in that folder")
+    parser.add_argument("--fresh", action="store_true", help="replace another bundle or model in that folder")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; bfloat16 rounds them"
     )

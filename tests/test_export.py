@@ -102,13 +102,78 @@ def test_a_folder_with_other_things_in_it_is_left_alone(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_unfinished_bundle_is_none_and_the_same_command_finishes_it(finished, bundle):
+SAVED_BY_TRANSFORMERS = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "README.md",
+)  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("names", [SAVED_BY_TRANSFORMERS, ["README.md"], ["tokenizer/tokenizer.json"]])
+def test_a_model_that_is_no_bundle_is_replaced_only_by_fresh(finished, tmp_path, names):
+    storage, there = finished[0].parents[3], tmp_path / "theirs"
+    for name in names:
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text(f"{name} that took weeks")
+    before = contents(there)
+    with pytest.raises(UserError, match=rf"(?s)theirs.*{sorted(names)[0]}.*another folder with --to.*--fresh"):
+        export(storage, "--to", str(there))
+    assert contents(there) == before
+    export(storage, "--to", str(there), "--fresh")
+    assert read_bundle(Folder.at(there)).digest == read_bundle(Folder.at(finished[0])).digest
+
+
+def test_one_changed_byte_in_an_unfinished_bundle_is_somebodys_work(finished, bundle):
     (bundle / MANIFEST).unlink()
-    (bundle / "model.safetensors").write_bytes(b"half")
+    card = (bundle / "README.md").read_bytes()
+    (bundle / "README.md").write_bytes(card[:-1] + b"!")
+    before = contents(bundle)
+    with pytest.raises(UserError, match=r"README\.md"):
+        export(finished[0].parents[3], "--to", str(bundle))
+    assert contents(bundle) == before
+
+
+def test_a_part_of_bundles_that_this_one_has_not_is_somebodys_work_too(finished, bundle):
+    (bundle / MANIFEST).unlink()
+    (bundle / "report.md").write_text("of another run")
+    with pytest.raises(UserError, match=r"report\.md"):
+        export(finished[0].parents[3], "--to", str(bundle))
+    assert (bundle / "report.md").read_text() == "of another run"
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_an_unfinished_bundle_is_none_and_the_same_command_finishes_it(finished, tmp_path, monkeypatch, after):
+    """However many files were written before the storage failed."""
+    storage, there = finished[0].parents[3], tmp_path / "bundle"
+    write, written = Folder.write, []
+
+    def fail_in_time(folder, name, data):
+        if len(written) == after:
+            raise OSError("the disk is full")
+        written.append(name)
+        write(folder, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", fail_in_time)
+        with pytest.raises(UserError, match="the disk is full"):
+            export(storage, "--to", str(there))
     with pytest.raises(UserError, match="no bundle in"):
-        read_bundle(Folder.at(bundle))
+        read_bundle(Folder.at(there))
+    before = {name: (there / name).stat().st_mtime_ns for name in written}
+    assert not export(storage, "--to", str(there))["unchanged"]
+    assert read_bundle(Folder.at(there)).digest == read_bundle(Folder.at(finished[0])).digest
+    assert {name: (there / name).stat().st_mtime_ns for name in written} == before
+
+
+def test_what_a_killed_export_left_of_a_file_is_in_nobodys_way(finished, bundle):
+    (bundle / MANIFEST).rename(bundle / f"{MANIFEST}.89ab0123.partial")
+    (bundle / "model.safetensors").rename(bundle / "model.safetensors.0123abcd.partial")
+    (bundle / "tokenizer/tokenizer.json").rename(bundle / "tokenizer/tokenizer.json.4567cdef.partial")
     export(finished[0].parents[3], "--to", str(bundle))
-    assert read_bundle(Folder.at(bundle)).digest == read_bundle(Folder.at(finished[0])).digest
+    assert contents(bundle) == contents(finished[0])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer/ranks.tiktoken"])

@@ -5,11 +5,13 @@
     tokenizer/{tokenizer.json,ranks.tiktoken}  README.md  report.md (where the run has one)
     bundle.json     written last: shape, source, size and sha256 of each file above, and a digest over all of these
 
-A folder without bundle.json is a write that never finished. Files that are no part of a bundle mean nothing to it.
+A folder without bundle.json is a write that never finished, or a model that somebody else saved under the same names.
+Files that are no part of a bundle mean nothing to it.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +32,7 @@ PARTS = (
     "special_tokens_map.json", "chat_template.jinja", f"{TOKENIZER}/tokenizer.json", f"{TOKENIZER}/ranks.tiktoken",
     "README.md", "report.md",
 )  # fmt: skip
+_PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")
 Content = bytes | Callable[[], Iterable[Buffer]]  # of a file, whole or in pieces that can be made more than once
 
 
@@ -115,13 +118,13 @@ def write_bundle(folder: Folder, facts: Facts, files: Mapping[str, Content], fre
     """Write a bundle; the same one, found whole, is left alone.
 
     Args:
-        fresh: put it in the place of another bundle.
+        fresh: put it in the place of another bundle, or of a model of whatever origin.
 
     Returns:
         its digest, and whether anything was written.
 
     Raises:
-        UserError: the folder holds another bundle, or files that are none of a bundle's; nothing is overwritten then.
+        UserError: the folder holds another bundle, a model that is none, or other files; nothing is overwritten then.
         OSError: the storage failed; what was written is no bundle yet, and the same call goes on from there.
     """
     manifest: dict[str, Any] = {
@@ -133,6 +136,7 @@ def write_bundle(folder: Folder, facts: Facts, files: Mapping[str, Content], fre
         "files": {name: _seal(_pieces(content)) for name, content in sorted(files.items())},
     }
     manifest["digest"] = _digest(manifest)
+    written: set[str] = set()
     if is_bundle(folder):
         if _is_intact(folder, manifest["digest"]):
             return manifest["digest"], False
@@ -146,18 +150,49 @@ def write_bundle(folder: Folder, facts: Facts, files: Mapping[str, Content], fre
             f"{folder} holds other files ({', '.join(strangers[:4])}), and a bundle has a folder of its own; "
             "give another one with --to"
         )
+    elif not fresh:
+        written = _written_before(folder, manifest["files"])
     for name in (MANIFEST, *PARTS):  # the manifest first, so that a reader never sees a half-deleted bundle
+        if name not in written:
+            folder.delete(name)
+    for name in _partial(folder):
         folder.delete(name)
     for name, content in files.items():
-        folder.write(name, _pieces(content))
+        if name not in written:
+            folder.write(name, _pieces(content))
     folder.write_json(MANIFEST, manifest)
     return manifest["digest"], True
 
 
 def _strangers(folder: Folder) -> list[str]:
     """Files and folders that are no part of a bundle; hidden ones, as those of git, may live beside it."""
-    parts = {name.split("/")[0] for name in PARTS}
-    return [name for name in folder.list() if name not in parts and not name.startswith(".")]
+    known = {name.split("/")[0] for name in (*PARTS, *_partial(folder))}
+    return [name for name in folder.list() if name not in known and not name.startswith(".")]
+
+
+def _partial(folder: Folder) -> list[str]:
+    """What a process that was killed while it wrote a part has left; see `Folder.write`."""
+    found = [*folder.list(), *(f"{TOKENIZER}/{name}" for name in (folder / TOKENIZER).list())]
+    return [name for name in found if (match := _PARTIAL.fullmatch(name)) and match[1] in (MANIFEST, *PARTS)]
+
+
+def _written_before(folder: Folder, seals: Mapping[str, dict[str, Any]]) -> set[str]:
+    """The parts that an interrupted write of the same bundle left, which need not be written again.
+
+    Others save models under the same names, without a bundle.json: whatever differs from its seal may be their work.
+    """
+    found = [name for name in PARTS if folder.exists(name)]
+    strange = [name for name in found if not _is_sealed(folder, name, seals.get(name))]
+    if strange:
+        raise UserError(
+            f"{folder} holds a model that is not the one to be written ({', '.join(strange)}), and no {MANIFEST}, so "
+            "that it may be somebody's only copy; give another folder with --to, or replace it with --fresh"
+        )
+    return set(found)
+
+
+def _is_sealed(folder: Folder, name: str, seal: dict[str, Any] | None) -> bool:
+    return seal is not None and folder.size(name) == seal["bytes"] and _seal(folder.read_pieces(name)) == seal
 
 
 def _is_intact(folder: Folder, digest: str) -> bool:
