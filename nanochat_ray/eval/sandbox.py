@@ -47,7 +47,7 @@ _SOURCES = Path(__file__).parents[2]
 _WHAT_WALLS_DO = {
     "namespaces": "no network, and no other process in sight (namespaces)",
     "files": "a file system of its own: Python's library, read-only, and an empty folder of limited size",
-    "user": "a user id of its own, with no rights",
+    "user": "another user id than the caller's, with no rights",
     "seccomp": "no new processes, no sockets, no signals to or tracing of others (seccomp)",
     "landlock": "reads Python's library only, writes its folder only (Landlock)",
     "limits": "limits on CPU time, memory, size of a file, open files, processes",

@@ -28,7 +28,7 @@ def main() -> None:
     sandbox_walls.die_with_parent(job["parent"])
     sandbox_walls.adopt_orphans()
     os.umask(0o022)
-    users = [sandbox_walls.own_user(offset, job["without"]) for offset in (0, 1)]
+    users = sandbox_walls.own_users(job["without"])
     box = os.path.join(job["folder"], "box")
     os.mkdir(box, 0o700)
     if users[1] is not None:
@@ -147,8 +147,13 @@ def _descendants() -> list[int]:
     return found
 
 
-def _judge(job: dict[str, Any], users: list[int | None], box: str, walls: list[str], pipes: dict[str, int]) -> NoReturn:
-    """The first process behind the walls: starts the program, judges it, writes the verdict."""
+def _judge(
+    job: dict[str, Any], users: tuple[int, int] | tuple[None, None], box: str, walls: list[str], pipes: dict[str, int]
+) -> NoReturn:
+    """The first process behind the walls: starts the program, judges it, writes the verdict.
+
+    users  ids of this process and of the program's; see `sandbox_walls.own_users`
+    """
     verdict: dict[str, Any] = {"outcome": "", "detail": "the judge broke"}
     try:
         parent = 0 if "namespaces" in walls else os.getppid()  # 0: the keeper is out of sight

@@ -5,7 +5,7 @@ little of it: this is imported by every process that runs a program.
 
     "namespaces"  its own network (none), processes, mounts, IPC and host name
     "files"       its own root: Python's library, read-only, and an empty folder of limited size
-    "user"        a user id that nobody else has, where we are root
+    "user"        a user id without rights, where we are root: its own, or NOBODY where a container knows few
     "seccomp"     no new processes or programs, no sockets, no signals to or tracing of others
     "landlock"    only Python's library can be read and only the folder written, whatever the user might
     "limits"      CPU time, memory, size of a file, open files, processes and threads
@@ -18,7 +18,7 @@ import resource
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 LINUX = sys.platform == "linux"
 if LINUX:
@@ -28,6 +28,8 @@ WALLS = ("namespaces", "files", "user", "seccomp", "landlock", "limits")
 
 BOX = "/tmp"  # the program's folder, as it sees it where it has its own root
 NOBODY = 65534
+_NOBODYS_PROGRAMS = 64  # that may run at once: the kernel counts processes and threads per user, and nobody is one
+_EVERY_ID = "0 0 4294967295"  # as the map of the first user namespace
 _FIRST_USER = 0x50000000  # far from any user there is; the process number makes it this program's own
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
@@ -147,20 +149,49 @@ def _read_only(path: str) -> None:
     check(libc.syscall(_MOUNT_SETATTR, -100, path.encode(), _AT_RECURSIVE, attributes, size))
 
 
-def own_user(offset: int, without: Collection[str]) -> int | None:
-    """A user id for one process of this run where we are root, else None. `offset` tells them apart."""
+def own_users(without: Collection[str]) -> tuple[int, int] | tuple[None, None]:
+    """Ids of user and group for the judge and the program of this process where we are root; None: stay who we are.
+
+    They are ids that nobody else has, or, in a user namespace that does not map these, NOBODY for both.
+    """
     if os.geteuid() != 0 or "user" in without or not _may_change_user():
-        return None
-    return _FIRST_USER + (os.getpid() << 1) + offset
+        return None, None
+    known = [id_ranges(_read(f"/proc/self/{name}", _EVERY_ID)) for name in ("uid_map", "gid_map")]
+    return users_within(_FIRST_USER + (os.getpid() << 1), known) or (None, None)
+
+
+def users_within(first: int, known: Sequence[Sequence[range]]) -> tuple[int, int] | None:
+    """`first` and the id after it, or else NOBODY twice, or else None: what lies in each of these lists of ranges."""
+    for users in (first, first + 1), (NOBODY, NOBODY):
+        if all(any(user in ids for ids in ranges) for ranges in known for user in users):
+            return users
+    return None
+
+
+def id_ranges(id_map: str) -> list[range]:
+    """The ids that exist in a user namespace, from its uid_map or gid_map; see user_namespaces(7)."""
+    lines = [[int(number) for number in line.split()] for line in id_map.splitlines()]
+    return [range(inside, inside + count) for inside, _, count in lines]
 
 
 def _may_change_user() -> bool:
     """Whether root has the rights to (CAP_CHOWN, CAP_SETGID, CAP_SETUID), which a container may have taken."""
     if not LINUX:
         return True
+    if _read("/proc/self/setgroups", "allow").strip() == "deny":
+        return False
     with open("/proc/self/status") as file:
         rights = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
     return rights & 0b1100_0001 == 0b1100_0001
+
+
+def _read(path: str, missing: str) -> str:
+    """A file of /proc; `missing` where the kernel has no user namespaces, and so no such file."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return missing
 
 
 def confine(user: int | None, box: str, limits: dict[str, int], without: Collection[str], parent: int) -> list[str]:
@@ -172,13 +203,10 @@ def confine(user: int | None, box: str, limits: dict[str, int], without: Collect
     """
     standing = []
     if "limits" not in without:
-        _limit(limits)
+        _limit(limits | ({"processes": limits["processes"] * _NOBODYS_PROGRAMS} if user == NOBODY else {}))
         standing.append("limits")
     if user is not None:
-        try:
-            _become(user)
-        except OSError:  # a container that knows few users
-            _become(NOBODY)
+        _become(user)
         standing.append("user")
         if not os.access(os.__file__, os.R_OK):
             raise OSError(f"{os.__file__} cannot be read by other users, and no file system can be made that shows it")
