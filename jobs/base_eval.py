@@ -118,7 +118,7 @@ class Core:
         measured.summary["references"] = dict(self.bundle.references)
         if self.other is not None:
             measured.summary["comparison"] = compared(measured, self.tasks, self.other)
-        tell(measured.summary)
+        tell(measured.summary, subject.stage)
         return measured.summary
 
 
@@ -131,13 +131,15 @@ def watch_core(args: argparse.Namespace, source: str, stage: Folder) -> dict[str
 
 
 def core_of_hugging_face(args: argparse.Namespace, source: str) -> dict[str, Any]:
+    from nanochat_ray.eval.exam import best_dtype
     from nanochat_ray.eval.hugging_face import HuggingFaceExam, subject_of
 
     path = str(Path(args.hf).resolve())
-    subject = subject_of(path, Folder.at(args.storage) / "hugging_face" / Path(path).name, args.dtype)
+    dtype = args.dtype or best_dtype()
+    subject = subject_of(path, Folder.at(args.storage) / "hugging_face" / Path(path).name, dtype)
     core = Core(args, source)
-    summary = core.measure(HuggingFaceExam(path, core.tasks, args.dtype, args.trust_code), subject)
-    return {"core": summary, "artifacts": {"results": summary["results"]}}
+    summary = core.measure(HuggingFaceExam(path, core.tasks, dtype, args.trust_code), subject)
+    return {"core": summary, "artifacts": {"results": str(subject.stage / summary["results"])}}
 
 
 if __name__ == "__main__":

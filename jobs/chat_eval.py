@@ -55,12 +55,16 @@ class Chat:
     def __init__(self, args: argparse.Namespace, stage: Folder) -> None:
         from nanochat_ray.eval.chat_core import chat_core_of, held_out_tasks
         from nanochat_ray.eval.measure import measured_before
+        from nanochat_ray.eval.sandbox import protections
         from nanochat_ray.tasks.mixture import open_mixture, read_examples
 
         self.args, self.stage = args, stage
         self.core = chat_core_of(args.tasks, args.sft, args.max_per_task)
         if not self.core and (args.watch or args.compare):
             raise UsageError("--watch and --compare are about ChatCORE; say with --tasks where its questions are")
+        for line in protections() if self.core else ():
+            if line.startswith("NOT"):
+                cli.warn(f"the sandbox for programs that the model writes is weaker on this machine: {line}")
         self.other = None
         if args.compare:
             self.other = measured_before(run_folder(args.storage, args.compare) / "sft", "ChatCORE", self.core)
@@ -74,34 +78,30 @@ class Chat:
             raise UserError(f"nothing to ask: {stage} holds out no questions; say with --tasks where ChatCORE's are")
 
     def of_step(self, step: int, niceness: int = 0) -> dict[str, Any]:
+        """All that is known of a checkpoint: scores of held-out questions, and ChatCORE's summary."""
+        from nanochat_ray.eval.chat_core import protections_of
         from nanochat_ray.eval.chat_exam import ChatExam
         from nanochat_ray.eval.exam import RunModel
-        from nanochat_ray.eval.measure import CHAT_EVAL, compared, keep, measure, subject_of, tell
+        from nanochat_ray.eval.measure import CHAT_EVAL, answer, compared, keep, measure, subject_of, tell
 
         args = self.args
         model = RunModel.at(args.storage, args.run, "sft", step, args.dtype)
         subject = subject_of(model, self.stage)
-        measured = measure(
-            "ChatCORE" if self.core else "held-out",
-            ChatExam(model, [*self.core, *self.held_out], args.max_tokens),
-            subject,
-            max_per_task=args.max_per_task,
-            workers=args.eval_workers,
-            address=args.address,
-            niceness=niceness,
-            mean_over=self.core,
-            manner=f"{args.max_tokens} tokens",
-        )
-        figures: dict[str, Any] = self._held_out(measured.verdicts) if self.held_out else {}
+        how: dict[str, Any] = dict(workers=args.eval_workers, address=args.address, niceness=niceness)
+        how["manner"] = f"{args.max_tokens} tokens"
+        known: dict[str, Any] = {}
+        if self.held_out:
+            _, verdicts, _ = answer("held-out", ChatExam(model, self.held_out, args.max_tokens), subject, **how)
+            known = keep(self.stage, CHAT_EVAL, subject, self._held_out(verdicts))
         if self.core:
-            from nanochat_ray.eval.sandbox import protections
-
-            measured.summary["protections"] = list(protections())
+            exam = ChatExam(model, self.core, args.max_tokens)
+            measured = measure("ChatCORE", exam, subject, max_per_task=args.max_per_task, **how)
+            measured.summary["protections"] = list(protections_of(measured.verdicts))
             if self.other is not None:
                 measured.summary["comparison"] = compared(measured, self.core, self.other)
-            tell(measured.summary)
-            figures["chat_core"] = measured.summary
-        return keep(self.stage, CHAT_EVAL, subject, figures)
+            tell(measured.summary, self.stage)
+            known = keep(self.stage, CHAT_EVAL, subject, {"chat_core": measured.summary})
+        return known
 
     def _held_out(self, verdicts: Sequence[Any]) -> dict[str, Any]:
         """Scores by source, and some answers; told to people, too."""

@@ -73,8 +73,8 @@ def _stage_job(stage: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _require_questions(args: argparse.Namespace) -> None:
     """Have what the evaluations ask, so that neither a network nor a wrong flag stops them after hours of training."""
-    from nanochat_ray.eval.core_bundle import bundle_of, bundle_source
     from nanochat_ray.eval.chat_core import chat_core_of
+    from nanochat_ray.eval.core_bundle import bundle_of, bundle_source
 
     source = bundle_source(args.bundle, args.corpus)
     if source is not None:

@@ -178,11 +178,6 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else "no message"
 
 
-def was_submitted() -> bool:
-    """Whether this process is the driver of a job that was submitted to a cluster, which it is to work on."""
-    return "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-
-
 def parse_workers(text: str) -> tuple[int, int]:
     """The bounds of `--workers`; as `parse_range`."""
     return parse_range(text, "--workers", least=1)

@@ -18,7 +18,6 @@ import ray
 # A private name: the public way, `worker_process_setup_hook`, gives actors with another hook no way to replace it.
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-from nanochat_ray.cli import was_submitted
 from nanochat_ray.errors import UserError
 
 # What the processes of every cluster shall find, local or joined.
@@ -90,7 +89,7 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
     if ray.is_initialized():  # a job that runs several stages connects once
         yield _describe(own=False)
         return
-    submitted = was_submitted()
+    submitted = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
     prepare_environment()
     ray._private.worker.print_to_stdstream = _leave_to_rays_logs
     if address is None and not submitted:
@@ -230,7 +229,8 @@ def require_room(cluster: Cluster, workers: int, per_worker: dict[str, float]) -
         if workers * need > have[name]
     ]
     if short:
-        raise UserError(f"{workers} workers need {' and '.join(short)} ({cluster.describe()}); ask for fewer --workers")
+        advice = "; ask for fewer --workers" if workers > 1 else ""
+        raise UserError(f"{workers} worker(s) need {' and '.join(short)} ({cluster.describe()}){advice}")
 
 
 def _largest_with_autoscaler() -> dict[str, int]:

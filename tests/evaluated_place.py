@@ -24,6 +24,10 @@ class Place:
     def stage(self, run: str, stage: str = "base") -> Folder:
         return run_folder(self.storage, run) / stage
 
+    def results(self, score: dict, run: str, stage: str = "base") -> Path:
+        """The file of every answer behind a score."""
+        return Path(str(self.stage(run, stage) / score["results"]))
+
     def base_eval(self, *flags: str) -> int:
         place = [
             "--storage",

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_ray.errors import UsageError
-from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.core import (
     LANGUAGE_MODELING,
     MULTIPLE_CHOICE,
@@ -18,6 +17,7 @@ from nanochat_ray.eval.core import (
     core_questions,
     render,
 )
+from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.question import EndScore, Question, as_question, common_prefix, common_suffix, judge
 from nanochat_ray.eval.reading import readings_of, shared_prefix
 from nanochat_ray.storage import Folder

@@ -56,12 +56,12 @@ def test_core_is_measured_with_its_origin_and_every_answer_is_kept(place, capsys
     assert re.search(rf"CORE: {QUESTIONS}/{QUESTIONS} questions \| .*/s \| workers 1 \| in ", out)
     assert re.search(rf"\nCORE +{QUESTIONS} +\[.*\] +[+-]0\.\d+ +\+0\.150\n", out)
 
-    rows = pq.read_table(core["results"]).to_pylist()
+    rows = pq.read_table(place.results(core, "one")).to_pylist()
     assert len(rows) == QUESTIONS
     right = sum(row["correct"] for row in rows if row["task"] == "pronouns")
     assert core["tasks"]["pronouns"]["accuracy"]["value"] == right / ITEMS
     (line,) = place.stage("one").read("evaluations.jsonl").decode().splitlines()
-    assert json.loads(line) == {"name": "CORE", "step": 7, "max_per_task": None, **core["mean"]}
+    assert json.loads(line).items() >= {"name": "CORE", "step": 7, "max_per_task": None, **core["mean"]}.items()
 
 
 @pytest.mark.slow
@@ -77,10 +77,10 @@ def test_the_report_card_shows_it(measured, capsys):
 @pytest.mark.slow
 def test_the_same_command_asks_nothing_again(measured, capsys, no_model):
     before = measured.core("one")
-    written = Path(before["results"]).stat().st_mtime_ns
+    written = measured.results(before, "one").stat().st_mtime_ns
     assert measured.base_eval("--run", "one") == 0
     assert f"CORE: all {QUESTIONS} questions were answered before" in capsys.readouterr().out
-    assert Path(before["results"]).stat().st_mtime_ns == written
+    assert measured.results(before, "one").stat().st_mtime_ns == written
     assert {**measured.core("one"), "examples_per_s": None} == {**before, "examples_per_s": None}
 
 
@@ -93,7 +93,7 @@ def test_fewer_questions_are_another_exam_and_the_answers_to_the_first_stay(plac
     few = place.core("fewer")
     assert [task["examples"] for task in few["tasks"].values()] == [3, 3, 3]
     assert few["results"] != whole["results"]
-    assert len(pq.read_table(whole["results"])) == QUESTIONS
+    assert len(pq.read_table(place.results(whole, "fewer"))) == QUESTIONS
     assert len(place.stage("fewer").read("evaluations.jsonl").splitlines()) == 2
 
 
@@ -140,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on(place, capsys, monkeypatch):
 
     assert place.base_eval("--run", "interrupted") == 0
     assert f"CORE: {ITEMS} of {QUESTIONS} questions are done, going on" in capsys.readouterr().out
-    assert [file.name for file in parts.iterdir()] == ["results.parquet"]
+    assert sorted(file.name for file in parts.iterdir()) == ["results.parquet", "score.json"]
     kept = [row for row in pq.read_table(parts / "results.parquet").to_pylist() if row["prediction"] == "kept"]
     assert [(row["task"], row["index"]) for row in kept] == [(marked["task"], marked["index"])]
 
@@ -236,7 +236,9 @@ def test_several_processes_wherever_they_stand_find_what_one_finds(measured, ray
     assert re.search(rf"CORE: {QUESTIONS}/{QUESTIONS} questions", capsys.readouterr().out)
     spread = measured.core("spread")
     assert spread["tasks"] == alone["tasks"]
-    ours, theirs = (pq.read_table(core["results"]).to_pylist() for core in (spread, alone))
+    ours, theirs = (
+        pq.read_table(measured.results(core, run)).to_pylist() for run, core in (("spread", spread), ("one", alone))
+    )
     for one, other in zip(ours, theirs, strict=True):
         assert one.pop("scores") == pytest.approx(other.pop("scores"), abs=1e-5)
         assert one == other

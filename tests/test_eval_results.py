@@ -29,6 +29,47 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part_*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def test_two_at_once_keep_both_their_parts(tmp_path):
+    first, second = Results(Folder.at(tmp_path)), Results(Folder.at(tmp_path))
+    for results, verdicts in ((first, SOME[:1]), (second, SOME[1:])):
+        results.add(verdicts)
+        results.flush()
+    assert len(Results(Folder.at(tmp_path)).done) == 3
+    first.finish()
+    second.add([REPLY])
+    assert len(second.finish()) == 3  # what it knows, whoever else has been there
+    assert names(tmp_path) == ["results.parquet"]
+
+
+def test_storage_that_fails_is_asked_again_and_nothing_is_called_damaged(tmp_path, monkeypatch):
+    Results(Folder.at(tmp_path)).finish()
+    results = Results(Folder.at(tmp_path))
+    results.add(SOME)
+    failures = iter([OSError("connection reset")] * 2)
+    write, read = Folder.write, Folder.read
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def sometimes(act):
+        def acting(*args):
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return act(*args)
+
+        return acting
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", sometimes(write))
+        results.flush()
+    failures = iter([OSError("connection reset")] * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", sometimes(read))
+        assert len(read_results(Folder.at(tmp_path))) == 3
+
+
 def test_what_was_written_is_there_when_the_driver_was_killed(tmp_path):
     killed = Results(Folder.at(tmp_path))
     killed.add(SOME[:2])
@@ -38,7 +79,7 @@ def test_what_was_written_is_there_when_the_driver_was_killed(tmp_path):
     assert again.done == {("b", 1), ("a", 7)}
     again.add([SOME[2], REPLY])
     again.flush()
-    assert names(tmp_path) == ["part_00000.parquet", "part_00001.parquet"]
+    assert len(parts(tmp_path)) == 2
     assert Results(Folder.at(tmp_path)).done == {("b", 1), ("a", 7), ("b", 0), ("c", 0)}
 
 
@@ -69,9 +110,10 @@ def test_parts_that_outlived_the_end_are_no_second_answers(tmp_path):
     results = Results(Folder.at(tmp_path))
     results.add(SOME)
     results.flush()
-    part = (tmp_path / "part_00000.parquet").read_bytes()
+    (part,) = parts(tmp_path)
+    content = part.read_bytes()
     finished = results.finish()
-    (tmp_path / "part_00000.parquet").write_bytes(part)  # as if the driver had died before it deleted them
+    part.write_bytes(content)  # as if the driver had died before it deleted them
     assert Results(Folder.at(tmp_path)).finish() == finished
     assert names(tmp_path) == ["results.parquet"]
 
@@ -83,21 +125,21 @@ def test_columns_are_what_a_reader_needs(tmp_path):
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert rows[0] == dict(
         task="a", index=7, prompt_hash="hash of a 7", prediction="1", scores=[0.5, 0.25], correct=False, text="",
-        tool_calls=0,
+        tool_calls=0, detail="", walls=[],
     )  # fmt: skip
     assert (rows[1]["text"], rows[1]["tool_calls"], rows[1]["scores"]) == ("It is 7.\n日", 2, [])
 
 
-@pytest.mark.parametrize("name", ["part_00000.parquet", "results.parquet"])
+@pytest.mark.parametrize("name", ["part", "results"])
 @pytest.mark.parametrize("damage", ["cut off", "no parquet", "other columns", "a hole"])
 def test_a_damaged_file_is_named_and_once_deleted_its_questions_are_open_again(tmp_path, name, damage):
     results = Results(Folder.at(tmp_path))
     for each in SOME[:2]:
         results.add([each])
         results.flush()
-    if name == "results.parquet":
+    if name == "results":
         results.finish()
-    file = tmp_path / name
+    file = tmp_path / "results.parquet" if name == "results" else parts(tmp_path)[0]
     table = pq.read_table(file)
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-20])
@@ -108,7 +150,9 @@ def test_a_damaged_file_is_named_and_once_deleted_its_questions_are_open_again(t
     else:
         empty = pa.nulls(len(table), pa.list_(pa.float32()))
         pq.write_table(table.set_column(table.column_names.index("scores"), "scores", empty), file)
-    with pytest.raises(UserError, match=rf"{name} is damaged .*delete it, and its questions are asked again") as caught:
+    with pytest.raises(
+        UserError, match=rf"{file.name} is damaged .*delete it, and its questions are asked again"
+    ) as caught:
         Results(Folder.at(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -129,7 +173,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     results.add(SOME)
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", full)
-        with pytest.raises(UserError, match=r"results cannot be written to .*No space left.*run the same command"):
+        with pytest.raises(UserError, match=r"no room is left on the disk of .*run the same command"):
             results.flush()
     results.flush()  # nothing was forgotten
     assert len(read_results(Folder.at(tmp_path))) == 3

@@ -14,8 +14,8 @@ import torch
 
 from jobs import base_eval
 from nanochat_ray import cli
-from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.core import core_questions
+from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.exam import Piece
 from nanochat_ray.eval.hugging_face import HuggingFaceExam, HuggingFaceScorer, model_digest
 from nanochat_ray.eval.question import Question, as_question
@@ -168,7 +168,8 @@ def hugging_face_eval(tmp_path: Path, model: Path, *flags: str) -> int:
 def test_core_of_such_a_model_from_end_to_end(folder, tasks, tmp_path, capsys):
     assert hugging_face_eval(tmp_path, folder, "--json") == 0
     captured = capsys.readouterr()
-    core = json.loads(captured.out.splitlines()[-1])["core"]
+    figures = json.loads(captured.out.splitlines()[-1])
+    core, results = figures["core"], figures["artifacts"]["results"]
     assert core["title"] == "tiny-gpt2"
     assert core["model_digest"] == model_digest(str(folder))
     assert [task["examples"] for task in core["tasks"].values()] == [ITEMS] * len(FILES)
@@ -176,7 +177,7 @@ def test_core_of_such_a_model_from_end_to_end(folder, tasks, tmp_path, capsys):
 
     grade = HuggingFaceExam(str(folder), tasks, "fp32").begin()
     expected = [verdict for task in tasks for verdict in grade(Piece(task.name, tuple(range(ITEMS))))]
-    kept = {(row["task"], row["index"]): row for row in pq.read_table(core["results"]).to_pylist()}
+    kept = {(row["task"], row["index"]): row for row in pq.read_table(results).to_pylist()}
     assert len(kept) == len(expected)
     for verdict in expected:
         row = kept[verdict.task, verdict.index]

@@ -1,4 +1,4 @@
-"""Whose rights a generated program has: those of an id of its own, of nobody, or, where neither is known, ours."""
+"""Whose rights a generated program has: an id of its own where there is one, in containers that know few users too."""
 
 import json
 import os

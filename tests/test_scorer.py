@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from kernels import cpu_step
 from nanochat_ray.bench.eval_bench import one_at_a_time
-from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.core import core_questions
+from nanochat_ray.eval.core_bundle import open_bundle
 from nanochat_ray.eval.question import Question, judge
 from nanochat_ray.eval.scorer import StepScorer
 from nanochat_ray.model.gpt import GPT, GPTConfig

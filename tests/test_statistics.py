@@ -96,7 +96,7 @@ def test_ends_enclose_the_value_and_centring_is_affine(rows, baseline):
         assert 0 <= found.low <= found.value <= found.high <= 1
         shown = found.centred(baseline)
         assert shown.value == pytest.approx((correct.mean() - baseline) / (1 - baseline))
-        assert shown.half_width == pytest.approx(found.half_width / (1 - baseline))
+        assert shown.high - shown.low == pytest.approx((found.high - found.low) / (1 - baseline))
     difference = paired(*rows.T)
     assert -1 <= difference.low <= difference.value + 1e-12
     assert difference.value - 1e-12 <= difference.high <= 1

@@ -8,7 +8,7 @@ running what was written (`sandbox.py`), held-out questions by their source's ow
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from nanochat_ray.chat import render_prompt
 from nanochat_ray.eval.core import ORDER_SEED
 from nanochat_ray.eval.question import Question, Verdict, as_question, prompt_hash
+from nanochat_ray.eval.sandbox import ProgramResult, described
 from nanochat_ray.storage import Folder
 from nanochat_ray.tasks.conversations import Conversation, spoken_text
 from nanochat_ray.tasks.gsm8k import final_number, load_gsm8k
@@ -119,22 +120,34 @@ def letter_question(task: ChatTask, index: int, tokenizer: Tokenizer, limit: int
     return as_question(task.name, index, texts, sequences, [len(prompt)] * len(sequences), item.answer, limit)
 
 
-def judge_reply(task: ChatTask, index: int, reply: Content, run: Callable[[CheckedProgram], bool]) -> Verdict:
+def judge_reply(task: ChatTask, index: int, reply: Content, run: Callable[[CheckedProgram], ProgramResult]) -> Verdict:
     """What came of a written answer.
 
     Args:
-        run: a program with its tests → whether it passes them.
+        run: a program with its tests.
     """
     item = task.items[index]
     text = spoken_text(reply)
+    detail = ""
+    walls: tuple[str, ...] = ()
     if task.kind == PROGRAM:
-        prediction, correct = extract_program(text), run(checked_program(item, text))
+        result = run(checked_program(item, text))
+        prediction, correct, walls = extract_program(text), result.passed, result.walls
+        detail = f"{result.outcome}: {result.detail}" if result.detail else str(result.outcome)
     elif task.kind == NUMBER:
-        prediction, correct = str(final_number(text) or ""), same_final_number(reply, item[-1]["content"])
+        found = final_number(text)
+        prediction, correct = "" if found is None else str(found), same_final_number(reply, item[-1]["content"])
     else:
         prediction, correct = text, JUDGES[task.name](reply, item[-1]["content"])
     asked = prompt_hash([json.dumps(prompt_of(task, index))])
-    return Verdict(task.name, index, asked, prediction, (), correct, shown(reply), len(calls(reply)))
+    tool_calls = len(calls(reply))
+    return Verdict(task.name, index, asked, prediction, (), correct, shown(reply), tool_calls, detail, walls)
+
+
+def protections_of(verdicts: Iterable[Verdict]) -> tuple[str, ...]:
+    """What stood between generated programs and the machines that ran them, in words: the weakest of them all."""
+    walls = [set(verdict.walls) for verdict in verdicts if verdict.detail]
+    return described(set.intersection(*walls)) if walls else ()
 
 
 def _prompt(task: ChatTask, item: Any) -> Conversation:

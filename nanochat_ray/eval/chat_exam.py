@@ -1,11 +1,12 @@
 """ChatCORE and held-out questions as an exam: one model that scores letters and writes replies, in turn."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import torch
 
 from nanochat_ray.chat import render_prompt
 from nanochat_ray.engine.engine import Engine
@@ -13,11 +14,13 @@ from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.eval.chat_core import LETTERS, ChatTask, judge_reply, letter_question, prompt_of
 from nanochat_ray.eval.exam import Grade, Piece, RunModel
 from nanochat_ray.eval.question import Verdict, judge
+from nanochat_ray.eval.sandbox import Limits, ProgramResult, run_program
 from nanochat_ray.eval.scorer import StepScorer, batch_tokens
 from nanochat_ray.tasks.conversations import Conversation
 from nanochat_ray.tasks.humaneval import CheckedProgram
 
-MAX_REPLY_TOKENS = 512
+# A program is right or wrong by what it computes in the CPU time it has, on however busy a machine.
+PROGRAM_LIMITS = Limits(wall_s=60.0)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ChatExam:
 
     model: RunModel
     tasks: Sequence[ChatTask]
-    max_tokens: int = MAX_REPLY_TOKENS
+    max_tokens: int
 
     def begin(self) -> Grade:
         from nanochat_ray.engine.load import load_chat_model
@@ -46,13 +49,11 @@ def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int, scor
         max_tokens: of a reply.
         scored_at_once: tokens of a batch of lettered questions.
     """
-    from nanochat_ray.eval.sandbox import run_program
-
     by_name = {task.name: task for task in tasks}
     tokenizer: Any = engine.tokenizer
 
-    def passes(checked: CheckedProgram) -> bool:
-        return run_program(checked.program, checked.tests).passed
+    def run(checked: CheckedProgram) -> ProgramResult:
+        return run_program(checked.program, checked.tests, PROGRAM_LIMITS)
 
     def grade(piece: Piece) -> list[Verdict]:
         task = by_name[piece.task]
@@ -63,8 +64,8 @@ def chat_grader(tasks: Sequence[ChatTask], engine: Engine, max_tokens: int, scor
             engine.reset()
             return verdicts
         replies = write_replies(engine, [prompt_of(task, index) for index in piece.indices], max_tokens)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes of their own
-            return list(pool.map(partial(judge_reply, task, run=passes), piece.indices, replies))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # as many cores as are this process's to use
+            return list(pool.map(partial(judge_reply, task, run=run), piece.indices, replies))
 
     return grade
 

@@ -89,18 +89,24 @@ def pieces(tasks: Iterable[Task], size: int, done: set[tuple[str, int]]) -> list
 
 @dataclass(frozen=True)
 class RunModel:
-    """The checkpoint of a step of a run's stage."""
+    """The checkpoint of a step of a run's stage.
+
+    dtype   of the activations, "fp32" or "bf16": the same on every machine
+    """
 
     storage: str
     run: str
     stage: str
     step: int
-    dtype: str | None = None
+    dtype: str
 
     @staticmethod
-    def at(storage: str, run: str, stage: str, step: int, dtype: str | None = None) -> "RunModel":
-        """With the storage's absolute path: the model is loaded by processes that stand in other folders."""
-        return RunModel(str(Folder.at(storage)), run, stage, step, dtype)
+    def at(storage: str, run: str, stage: str, step: int, dtype: str | None) -> "RunModel":
+        """With the storage's absolute path, and the dtype that is best here unless one is given.
+
+        The model is loaded by processes that stand in other folders, and may have other hardware.
+        """
+        return RunModel(str(Folder.at(storage)), run, stage, step, dtype or best_dtype())
 
     @property
     def digest(self) -> str:
@@ -108,6 +114,14 @@ class RunModel:
         from nanochat_ray.train.checkpoint import Checkpoints
 
         return Checkpoints.of(run_folder(self.storage, self.run) / self.stage).digest(self.step)
+
+
+def best_dtype() -> str:
+    """The name of the dtype that this machine multiplies best."""
+    from nanochat_ray.device import DTYPES, pick_device, pick_dtype
+
+    dtype, _ = pick_dtype(pick_device()[0])
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)

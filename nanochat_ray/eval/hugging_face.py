@@ -19,6 +19,7 @@ from nanochat_ray.storage import Folder
 
 BATCH_TOKENS = 4096  # padding included
 _WEIGHTS = ("*.safetensors", "*.bin")
+_CONFIGURATION = ("*.json", "*.model", "*.txt", "*.py", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class HuggingFaceExam:
 
     path: str
     tasks: Sequence[CoreTask]
-    dtype: str | None = None
+    dtype: str
     trust_code: bool = False
 
     def begin(self) -> Grade:
@@ -43,24 +44,23 @@ class HuggingFaceExam:
 
 
 def model_digest(path: str) -> str:
-    """sha256 of a model folder's weights.
+    """sha256 of everything in a model folder that its answers may depend on: weights, configuration, tokenizer, code.
 
     Raises:
         UserError: it has none.
     """
-    files = sorted(file for pattern in _WEIGHTS for file in Path(path).glob(pattern))
-    if not files:
+    if not [file for pattern in _WEIGHTS for file in Path(path).glob(pattern)]:
         raise UserError(f"no weights (*.safetensors, *.bin) in {path}; --hf wants the folder of a downloaded model")
     hasher = hashlib.sha256()
-    for file in files:
+    for file in sorted(file for pattern in (*_WEIGHTS, *_CONFIGURATION) for file in Path(path).glob(pattern)):
         with open(file, "rb") as stream:
-            hasher.update(hashlib.file_digest(stream, "sha256").digest())
+            hasher.update(f"\0{file.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
     return hasher.hexdigest()
 
 
-def subject_of(path: str, stage: Folder, dtype: str | None) -> Subject:
+def subject_of(path: str, stage: Folder, dtype: str) -> Subject:
     """The model of a folder, whose evaluations are kept in `stage`."""
-    return Subject(Path(path).name, stage, 0, model_digest(path), dtype or "default")
+    return Subject(Path(path).name, stage, 0, model_digest(path), dtype)
 
 
 class HuggingFaceScorer:

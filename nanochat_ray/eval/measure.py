@@ -1,15 +1,18 @@
 """CORE and ChatCORE of a model, from its questions to what the report shows: figures with intervals, and their origin.
 
 <stage>/evaluations/<name>-<identity>/results.parquet    what became of each question
-<stage>/evaluations.jsonl                                the mean of every step that was measured
+<stage>/evaluations/<name>-<identity>/score.json         the mean, its step, and when
+<stage>/evaluations.jsonl                                the scores of all of them, in the order of time
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import ORDER_SEED, SHOTS_SEED
 from nanochat_ray.eval.exam import Exam, RunModel, Task, identity
@@ -18,9 +21,9 @@ from nanochat_ray.eval.results import RESULTS, aligned, by_task, read_results
 from nanochat_ray.eval.sitting import sit
 from nanochat_ray.eval.statistics import RESAMPLES, SEED
 from nanochat_ray.eval.summary import compare, comparison_table, summarise, table
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import Folder, retrying
 
-EVALUATIONS, BASE_EVAL, CHAT_EVAL = "evaluations.jsonl", "base_eval.json", "chat_eval.json"
+EVALUATIONS, SCORE, BASE_EVAL, CHAT_EVAL = "evaluations", "score.json", "base_eval.json", "chat_eval.json"
 _ARTIFACTS = {"CORE": (BASE_EVAL, "core"), "ChatCORE": (CHAT_EVAL, "chat_core")}
 
 
@@ -43,7 +46,7 @@ class Subject:
 def subject_of(model: RunModel, stage: Folder) -> Subject:
     """A run's checkpoint."""
     title = f"{model.run}, {model.stage}, step {model.step}"
-    return Subject(title, stage, model.step, model.digest, model.dtype or "default")
+    return Subject(title, stage, model.step, model.digest, model.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,59 +66,68 @@ def measure(
     workers: int,
     address: str | None,
     niceness: int = 0,
-    mean_over: Sequence[Task] | None = None,
     manner: str = "",
 ) -> Measured:
     """Have an exam sat, or go on with it, and sum it up.
 
     Args:
         name: CORE or ChatCORE.
-        mean_over: the tasks of the mean, where the exam has others besides.
         manner: what else decides the answers, in any words; results under another manner are not gone on with.
 
     Raises:
         UserError: as `sit`.
     """
-    key = identity(f"{name} {manner}".strip(), subject.digest, subject.dtype, exam.tasks)
-    folder = subject.stage / "evaluations" / f"{name.lower()}-{key[:12]}"
-    verdicts, per_second = sit(exam, folder, name, workers, address, niceness)
-    tasks = exam.tasks if mean_over is None else mean_over
+    folder, verdicts, per_second = answer(name, exam, subject, workers, address, niceness, manner)
     summary = {
         "name": name,
         "title": subject.title,
         "step": subject.step,
         "model_digest": subject.digest,
-        "questions_hash": _hash(tasks),
+        "questions_hash": _hash(exam.tasks),
         "max_per_task": max_per_task,
         "seeds": {"few_shot": f"{SHOTS_SEED} + index", "order": ORDER_SEED, "bootstrap": SEED},
         "resamples": RESAMPLES,
         "dtype": subject.dtype,
         "examples_per_s": per_second and round(per_second, 2),
-        **(summarise(by_task(tasks, verdicts)) if tasks else {}),
+        **summarise(by_task(exam.tasks, verdicts)),
         "references": {},
         "comparison": None,
-        "results": str(folder / RESULTS),
+        "results": f"{EVALUATIONS}/{folder.uri.rpartition('/')[2]}/{RESULTS}",  # in the stage, which may move
     }
-    if tasks:
-        _note(subject.stage, summary)
+    retrying(lambda: _note(subject.stage, folder, summary), subject.stage, warn)
     return Measured(summary, verdicts)
 
 
-def compared(ours: Measured, tasks: Sequence[Task], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The paired comparison with another model, of which this is the summary, as `measured_before` gives it.
+def answer(
+    name: str, exam: Exam, subject: Subject, workers: int, address: str | None, niceness: int = 0, manner: str = ""
+) -> tuple[Folder, list[Verdict], float | None]:
+    """Where an exam's results are, the results, and questions per second; the arguments are those of `measure`."""
+    key = identity(f"{name} {manner}".strip(), subject.digest, subject.dtype, exam.tasks)
+    folder = subject.stage / EVALUATIONS / f"{name.lower()}-{key[:12]}"
+    return folder, *sit(exam, folder, name, workers, address, niceness)
+
+
+def compared(ours: Measured, tasks: Sequence[Task], theirs: "Before") -> dict[str, Any]:
+    """The paired comparison with another model.
 
     Raises:
         UserError: its results are damaged, or not of the same questions.
     """
-    names = {task.name for task in tasks}
-    found = read_results(_folder_of(theirs))
-    pairs = aligned(*([verdict for verdict in each if verdict.task in names] for each in (ours.verdicts, found)))
+    pairs = aligned(ours.verdicts, read_results(theirs.folder))
     first, second = (by_task(tasks, verdicts) for verdicts in pairs)
-    return {"with": theirs["title"], **compare(first, second)}
+    return {"with": theirs.title, **compare(first, second)}
 
 
-def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The summary of a stage that was measured before, to compare with; asked before anything is measured anew.
+@dataclass(frozen=True)
+class Before:
+    """A model that was measured before, in words, and the folder of its results."""
+
+    title: str
+    folder: Folder
+
+
+def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> Before:
+    """A stage that was measured before, to compare with; looked for before anything is measured anew.
 
     Raises:
         UserError: it was not, was asked other questions, or its answers are gone.
@@ -133,21 +145,18 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> dict[str
             f"{found['title']} was asked other questions ({asked}), so there is nothing to compare; evaluate both with "
             "the same questions and --max-per-task"
         )
-    if not _folder_of(found).exists(RESULTS):
-        raise UserError(f"{found['results']}, to compare with, is gone; evaluate {found['title']} again")
-    return found
+    folder = stage / found["results"].removesuffix(f"/{RESULTS}")
+    if not folder.exists(RESULTS):
+        raise UserError(f"{folder / RESULTS}, to compare with, is gone; evaluate {found['title']} again")
+    return Before(found["title"], folder)
 
 
-def tell(summary: Mapping[str, Any]) -> None:
-    """Print a summary for people."""
+def tell(summary: Mapping[str, Any], stage: Folder) -> None:
+    """Print a stage's summary for people."""
     print(f"\n{summary['title']}\n{table(dict(summary))}")
     if summary["comparison"] is not None:
         print(f"\ncompared with {summary['comparison']['with']}\n{comparison_table(summary['comparison'])}")
-    print(f"each question: {summary['results']}", flush=True)
-
-
-def _folder_of(summary: Mapping[str, Any]) -> Folder:
-    return Folder.at(summary["results"].rpartition("/")[0])
+    print(f"each question: {stage / summary['results']}", flush=True)
 
 
 def keep(stage: Folder, file: str, subject: Subject, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,14 +165,11 @@ def keep(stage: Folder, file: str, subject: Subject, figures: Mapping[str, Any])
     Raises:
         UserError: the storage refuses.
     """
-    known = stage.read_json(file) if stage.exists(file) else {}
+    known = retrying(lambda: stage.read_json(file) if stage.exists(file) else {}, stage, warn)
     if known.get("model_digest") != subject.digest:
         known = {}
     everything = {**known, "step": subject.step, "model_digest": subject.digest, **figures}
-    try:
-        stage.write_json(file, everything)
-    except OSError as error:
-        raise UserError(f"{stage / file} cannot be written ({error}); free space, then run it again") from error
+    retrying(lambda: stage.write_json(file, everything), stage, warn)
     return everything
 
 
@@ -172,17 +178,12 @@ def _hash(tasks: Sequence[Task]) -> str:
     return hashlib.sha256("".join(task.hash for task in tasks).encode()).hexdigest()
 
 
-def _note(stage: Folder, summary: Mapping[str, Any]) -> None:
-    """Add a step's mean to the stage's evaluations, in place of an earlier one of the same kind."""
+def _note(stage: Folder, folder: Folder, summary: Mapping[str, Any]) -> None:
+    """Keep an exam's score beside its results, and collect all of the stage: two at once lose nothing."""
     entry = {key: summary[key] for key in ("name", "step", "max_per_task")} | summary["mean"]
-    lines = stage.read(EVALUATIONS).decode().splitlines() if stage.exists(EVALUATIONS) else []
-    kept = [
-        other
-        for other in map(json.loads, lines)
-        if any(other[key] != entry[key] for key in ("name", "step", "max_per_task"))
-    ]
-    entries = sorted([*kept, entry], key=lambda entry: (entry["name"], entry["step"]))
-    try:
-        stage.write(EVALUATIONS, "".join(json.dumps(entry) + "\n" for entry in entries))
-    except OSError as error:
-        raise UserError(f"{stage / EVALUATIONS} cannot be written ({error}); free space") from error
+    if not folder.exists(SCORE):
+        folder.write_json(SCORE, {**entry, "time": round(time.time(), 3)})
+    places = [stage / EVALUATIONS / name for name in (stage / EVALUATIONS).list()]
+    entries = [place.read_json(SCORE) for place in places if place.exists(SCORE)]
+    entries.sort(key=lambda entry: entry["time"])
+    stage.write(f"{EVALUATIONS}.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.exam import Exam, Piece
@@ -18,7 +18,7 @@ from nanochat_ray.eval.question import Verdict
 
 IN_HAND = 2
 DEATHS_PER_PIECE = 3  # then it is not the machines' fault
-_LOST = (ActorDiedError, ActorUnavailableError)
+_LOST = (RayActorError, OutOfMemoryError, ObjectLostError)  # with the actor, or its machine, or for want of memory
 
 
 def load() -> None:

@@ -58,6 +58,8 @@ class Verdict:
     scores       mean loss of each sequence's end, in nats; empty for replies
     text         the whole reply, where one was written
     tool_calls   in that reply
+    detail       how the program in that reply ended
+    walls        that stood around it; see `sandbox_walls.WALLS`
     """
 
     task: str
@@ -68,6 +70,8 @@ class Verdict:
     correct: bool
     text: str = ""
     tool_calls: int = 0
+    detail: str = ""
+    walls: tuple[str, ...] = ()
 
 
 def as_question(

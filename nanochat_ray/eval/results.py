@@ -1,25 +1,29 @@
 """What became of each question, kept as it comes in: parquet parts while an exam runs, one file when it is over.
 
-    <stage>/evaluations/<name>/part_00000.parquet …   while it runs; each appears whole
+    <stage>/evaluations/<name>/part_1f3a….parquet …   while it runs; each appears whole
     <stage>/evaluations/<name>/results.parquet        all of it
 
-The folder's name has the exam's identity, so that a re-run finds its own and goes on, and never another's.
+The folder's name has the exam's identity, so that a re-run finds its own and goes on, and never another's. Two that run
+at once keep both their parts.
 """
 
 import re
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.exam import Task
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.summary import TaskResult
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import Folder, is_full, retrying, storage_failed
 
 WRITE_EVERY_S = 5.0  # what a lost driver loses
 RESULTS = "results.parquet"
@@ -33,6 +37,8 @@ _SCHEMA = pa.schema(
         ("correct", pa.bool_()),
         ("text", pa.string()),  # the whole reply, where one was written
         ("tool_calls", pa.int32()),
+        ("detail", pa.string()),  # how a program ended
+        ("walls", pa.list_(pa.string())),  # that stood around it
     ]
 )
 
@@ -48,7 +54,6 @@ class Results:
         self.folder = folder
         self._known = {(verdict.task, verdict.index): verdict for verdict in read_results(folder)}
         self._unwritten: list[Verdict] = []
-        self._part = max((int(name[5:10]) for name in _parts(folder)), default=-1)  # some may have been deleted
         self._written_at = time.monotonic()
 
     @property
@@ -71,31 +76,39 @@ class Results:
             UserError: the storage refuses.
         """
         if self._unwritten:
-            self._part += 1
-            self._write(f"part_{self._part:05d}.parquet", self._unwritten)
+            self._write(f"part_{uuid.uuid4().hex}.parquet", self._unwritten)
             self._unwritten = []
         self._written_at = time.monotonic()
 
     def finish(self) -> list[Verdict]:
-        """Everything in one file, by task and place; returns it."""
+        """Everything in one file, by task and place; returns it.
+
+        Raises:
+            UserError: the storage refuses.
+        """
         verdicts = [self._known[key] for key in sorted(self._known)]
-        if self._part >= 0 or self._unwritten:
+        parts = retrying(lambda: _parts(self.folder), self.folder, warn)
+        if parts or self._unwritten:
             self._write(RESULTS, verdicts)
             self._unwritten = []
-            for name in _parts(self.folder):
-                self.folder.delete(name)
-            self._part = -1
+            for name in parts:
+                retrying(partial(self.folder.delete, name), self.folder, warn)
         return verdicts
 
     def _write(self, name: str, verdicts: Sequence[Verdict]) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist([asdict(verdict) for verdict in verdicts], schema=_SCHEMA), sink)
-        try:
-            self.folder.write(name, sink.getvalue().to_pybytes())
-        except OSError as error:
-            raise UserError(
-                f"results cannot be written to {self.folder} ({error}); free space, then run the same command again"
-            ) from error
+        content = sink.getvalue().to_pybytes()
+
+        def write() -> None:
+            try:
+                self.folder.write(name, content)
+            except OSError as error:
+                if is_full(error):  # no machine mends that
+                    raise storage_failed(self.folder, error) from None
+                raise
+
+        retrying(write, self.folder, warn)
 
 
 def by_task(tasks: Iterable[Task], verdicts: Iterable[Verdict]) -> dict[str, TaskResult]:
@@ -129,15 +142,21 @@ def read_results(folder: Folder) -> list[Verdict]:
     """All verdicts that a folder has, of a finished or an interrupted exam.
 
     Raises:
-        UserError: a file is damaged; names it.
+        UserError: a file is damaged, which names it, or the storage fails.
     """
-    names = [*([RESULTS] if folder.exists(RESULTS) else []), *_parts(folder)]
+    names = retrying(lambda: [*([RESULTS] if folder.exists(RESULTS) else []), *_parts(folder)], folder, warn)
     verdicts: list[Verdict] = []
     for name in names:
         try:
-            rows = pq.read_table(pa.BufferReader(folder.read(name))).cast(_SCHEMA).to_pylist()
-            verdicts += [Verdict(**{**row, "scores": tuple(row["scores"])}) for row in rows]
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            content = retrying(partial(folder.read, name), folder, warn)
+        except FileNotFoundError:  # another process has put it into the one file, which it will read
+            continue
+        try:
+            rows = pq.read_table(pa.BufferReader(content)).cast(_SCHEMA).to_pylist()
+            verdicts += [
+                Verdict(**{**row, "scores": tuple(row["scores"]), "walls": tuple(row["walls"])}) for row in rows
+            ]
+        except (pa.ArrowException, ValueError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{folder / name} is damaged ({reason}); delete it, and its questions are asked again"
@@ -146,4 +165,4 @@ def read_results(folder: Folder) -> list[Verdict]:
 
 
 def _parts(folder: Folder) -> list[str]:
-    return [name for name in folder.list() if re.fullmatch(r"part_\d{5}\.parquet", name)]
+    return [name for name in folder.list() if re.fullmatch(r"part_[0-9a-f]{32}\.parquet", name)]

@@ -37,6 +37,7 @@ def sit(
         return results.finish(), None
     if results.done:
         print(f"{title}: {len(results.done):,} of {total:,} questions are done, going on", flush=True)
+    folder.require_writable()
     progress = _Progress(title, len(results.done), total)
     try:
         with _grading(exam, todo, workers, address, niceness, progress) as graded:

@@ -30,11 +30,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        """What stands behind ±."""
-        return (self.high - self.low) / 2
-
     def centred(self, baseline: float) -> "Interval":
         """The same of an accuracy's centred form, which is 0 for guessing and 1 for all right."""
         return Interval(*(centred(figure, baseline) for figure in (self.value, self.low, self.high)))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
-from nanochat_ray.storage import Folder
+from nanochat_ray.storage import Folder, retrying
 from nanochat_ray.train.checkpoint import Checkpoints
 
 LOOK_EVERY_S = 5.0
@@ -42,9 +42,8 @@ def new_steps(stage: Folder, sleep: Callable[[float], object] = time.sleep) -> I
     checkpoints = Checkpoints.of(stage)
     seen, told = -1, False
     while True:
-        newest = max(checkpoints.steps(), default=-1)
+        newest, last = retrying(lambda: _newest(checkpoints), stage, warn)
         if newest > seen:
-            last = checkpoints.state(newest).plan.steps
             seen, told = newest, False
             yield seen
             if seen >= last:
@@ -55,3 +54,12 @@ def new_steps(stage: Folder, sleep: Callable[[float], object] = time.sleep) -> I
                 print(f"waiting for a checkpoint{after} in {checkpoints.folder}", flush=True)
                 told = True
             sleep(LOOK_EVERY_S)
+
+
+def _newest(checkpoints: Checkpoints) -> tuple[int, int]:
+    """The newest step and the plan's last; (−1, 0) where there is none, or it is being deleted just now."""
+    newest = max(checkpoints.steps(), default=-1)
+    try:
+        return newest, checkpoints.state(newest).plan.steps if newest >= 0 else 0
+    except FileNotFoundError:
+        return -1, 0
