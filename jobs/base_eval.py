@@ -32,7 +32,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.engine.load import require_trained
     from nanochat_ray.eval.core_bundle import bundle_source
     from nanochat_ray.eval.exam import RunModel
-    from nanochat_ray.eval.measure import BASE_EVAL, keep, subject_of
+    from nanochat_ray.eval.kept import BASE_EVAL, keep
+    from nanochat_ray.eval.measure import subject_of
     from nanochat_ray.train.checkpoint import Checkpoints
 
     needs_core = args.hf or args.watch or args.compare
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     step = Checkpoints.of(stage).newest_valid(cli.warn)
     assert step is not None
     subject = subject_of(RunModel.at(args.storage, args.run, "base", step, args.dtype), stage)
-    result = keep(stage, BASE_EVAL, subject, bits_and_samples(args, step))
+    result = keep(stage, BASE_EVAL, step, subject.digest, bits_and_samples(args, step))
     if core is not None:
         result = core.of_step(stage, step)
     elif "core" not in result:
@@ -95,12 +96,13 @@ class Core:
     def of_step(self, stage: Folder, step: int, niceness: int = 0) -> dict[str, Any]:
         """All that is known of a run's checkpoint, CORE's summary among it."""
         from nanochat_ray.eval.exam import CoreExam, RunModel
-        from nanochat_ray.eval.measure import BASE_EVAL, keep, subject_of
+        from nanochat_ray.eval.kept import BASE_EVAL, keep
+        from nanochat_ray.eval.measure import subject_of
 
         model = RunModel.at(self.args.storage, self.args.run, "base", step, self.args.dtype)
         subject = subject_of(model, stage)
         summary = self.measure(CoreExam(model, self.tasks), subject, niceness)
-        return keep(stage, BASE_EVAL, subject, {"core": summary})
+        return keep(stage, BASE_EVAL, step, subject.digest, {"core": summary})
 
     def measure(self, exam: "Exam", subject: "Subject", niceness: int = 0) -> dict[str, Any]:
         """The summary of any model, which is also printed."""

@@ -82,7 +82,8 @@ class Chat:
         from nanochat_ray.eval.chat_core import protections_of
         from nanochat_ray.eval.chat_exam import ChatExam
         from nanochat_ray.eval.exam import RunModel
-        from nanochat_ray.eval.measure import CHAT_EVAL, answer, compared, keep, measure, subject_of, tell
+        from nanochat_ray.eval.kept import CHAT_EVAL, keep
+        from nanochat_ray.eval.measure import answer, compared, measure, subject_of, tell
 
         args = self.args
         model = RunModel.at(args.storage, args.run, "sft", step, args.dtype)
@@ -92,7 +93,7 @@ class Chat:
         known: dict[str, Any] = {}
         if self.held_out:
             _, verdicts, _ = answer("held-out", ChatExam(model, self.held_out, args.max_tokens), subject, **how)
-            known = keep(self.stage, CHAT_EVAL, subject, self._held_out(verdicts))
+            known = keep(self.stage, CHAT_EVAL, step, subject.digest, self._held_out(verdicts))
         if self.core:
             exam = ChatExam(model, self.core, args.max_tokens)
             measured = measure("ChatCORE", exam, subject, max_per_task=args.max_per_task, **how)
@@ -100,7 +101,7 @@ class Chat:
             if self.other is not None:
                 measured.summary["comparison"] = compared(measured, self.core, self.other)
             tell(measured.summary, self.stage)
-            known = keep(self.stage, CHAT_EVAL, subject, {"chat_core": measured.summary})
+            known = keep(self.stage, CHAT_EVAL, step, subject.digest, {"chat_core": measured.summary})
         return known
 
     def _held_out(self, verdicts: Sequence[Any]) -> dict[str, Any]:

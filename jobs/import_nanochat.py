@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.exchange.stored_run import store_run
 
     run, source = run_folder(args.storage, args.run), Folder.at(args.source)
+    if not source.exists():
+        raise UserError(f"there is nothing at {source}; check --source")
     stage, imported = (_from_bundle if is_bundle(source) else _from_checkpoint)(source, args)
     written = store_run(run, stage, imported)
     print(f"saved in {run / stage}" if written else f"{run / stage} holds this import already")

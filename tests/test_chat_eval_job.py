@@ -111,7 +111,8 @@ def test_a_finished_run_is_watched_to_its_end_at_once(asked, capsys, monkeypatch
         (["--tasks", "none", "--watch"], 2, "--watch and --compare are about ChatCORE; say with --tasks"),
         (["--compare", "two"], 2, "--watch and --compare are about ChatCORE"),
         (["--run", "nobody"], 1, "no run named 'nobody'"),
-        (["--tasks", "nowhere"], 1, r"no test-\*\.parquet in .*nowhere/arc/ARC-Easy"),
+        (["--tasks", "nowhere"], 1, r"there is no folder .*nowhere; it should hold the files of allenai/ai2_arc"),
+        (["--sft", "./nowhere"], 1, r"there is nothing at \./nowhere; check --sft"),
     ],
 )
 def test_a_chat_model_that_cannot_be_asked_is_one_line(place, capsys, no_model, flags, code, said):

@@ -97,6 +97,10 @@ def test_fewer_questions_are_another_exam_and_the_answers_to_the_first_stay(plac
     assert len(place.stage("fewer").read("evaluations.jsonl").splitlines()) == 2
 
 
+HALF = {"value": 0.5, "low": 0.4, "high": 0.6}
+SCORE = {"mean": HALF, "tasks": {"a": {"examples": 1, "accuracy": HALF, "centred": HALF}}}
+
+
 @pytest.mark.slow
 def test_without_a_bundle_the_bits_are_measured_and_what_was_known_of_these_weights_stays(place, capsys, no_model):
     place.new_run("bits")
@@ -107,7 +111,7 @@ def test_without_a_bundle_the_bits_are_measured_and_what_was_known_of_these_weig
     assert "core" not in found
 
     for digest, stays in (("another", False), (Checkpoints.of(place.stage("bits")).digest(7), True)):
-        place.stage("bits").write_json("base_eval.json", {**found, "model_digest": digest, "core": {}})
+        place.stage("bits").write_json("base_eval.json", {**found, "model_digest": digest, "core": SCORE})
         assert place.base_eval("--run", "bits", "--bundle", "none") == 0
         assert ("core" in place.stage("bits").read_json("base_eval.json")) is stays
 
@@ -167,8 +171,13 @@ def test_what_cannot_be_compared_is_said_before_anything_is_asked(measured, caps
     measured.new_run("unmeasured")
     assert measured.base_eval("--run", "two", "--compare", "unmeasured") == 1
     assert "there is nothing to compare with; evaluate that run first" in one_error(capsys)
-    lost = {**measured.core("one"), "results": str(measured.root / "gone" / "results.parquet")}
-    measured.stage("unmeasured").write_json("base_eval.json", {"core": lost})
+    assert measured.base_eval("--run", "two", "--compare", "nobody") == 1
+    assert "runs/nobody/base, to compare with; check --compare" in one_error(capsys)
+    stage, score = measured.stage("unmeasured"), measured.core("one")
+    stage.write_json("base_eval.json", {"step": 7, "core": {**score, "mean": None}})
+    assert measured.base_eval("--run", "two", "--compare", "unmeasured") == 1
+    assert "base_eval.json is not what an evaluation writes; delete it" in one_error(capsys)
+    stage.write_json("base_eval.json", {"step": 7, "core": {**score, "results": "gone/results.parquet"}})
     assert measured.base_eval("--run", "two", "--compare", "unmeasured") == 1
     assert re.search(r"gone/results\.parquet, to compare with, is gone; evaluate one, base", one_error(capsys))
 

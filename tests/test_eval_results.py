@@ -125,7 +125,7 @@ def test_columns_are_what_a_reader_needs(tmp_path):
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert rows[0] == dict(
         task="a", index=7, prompt_hash="hash of a 7", prediction="1", scores=[0.5, 0.25], correct=False, text="",
-        tool_calls=0, detail="", walls=[],
+        tool_calls=0, detail="", walls=[], cut=False,
     )  # fmt: skip
     assert (rows[1]["text"], rows[1]["tool_calls"], rows[1]["scores"]) == ("It is 7.\n日", 2, [])
 

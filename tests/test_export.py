@@ -228,10 +228,10 @@ def test_the_benchmark_of_the_very_weights_is_told(tmp_path):
         "tasks": {"arc": {"examples": 50, "accuracy": interval, "centred": interval}},
         "model_digest": "of other weights",
     }
-    (run / "base").write_json("base_eval.json", {"core": core})
+    (run / "base").write_json("base_eval.json", {"step": 7, "core": core})
     assert read_bundle(Folder.at(export(tmp_path)["artifacts"]["bundle"])).source["benchmark"] is None
     core["model_digest"] = read_bundle(Folder.at(export(tmp_path)["artifacts"]["bundle"])).source["weights_sha256"]
-    (run / "base").write_json("base_eval.json", {"core": core})
+    (run / "base").write_json("base_eval.json", {"step": 7, "core": core})
     card = (Path(export(tmp_path, "--fresh")["artifacts"]["bundle"]) / "README.md").read_text()
     assert "0.250 (0.200 to 0.300): centred accuracy" in card
     assert "| arc | 50 | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) |" in card
@@ -243,7 +243,7 @@ def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
     make_run(run_folder(str(tmp_path), "r"), JULY, ("base",))
     with pytest.raises(UserError, match="python -m jobs.sft"):
         export(tmp_path, "--stage", "sft")
-    with pytest.raises(UserError, match="step_000008 cannot be used"):
+    with pytest.raises(UserError, match="no checkpoint of step 8 in .*; there are: 7"):
         export(tmp_path, "--step", "8")
 
 

@@ -4,6 +4,7 @@ The peer does what public evaluators do: it stacks a question's sequences, padde
 them, and computes every logit. It is the reference of the tests, too.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 
 from nanochat_ray.bench import sizes
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
+from nanochat_ray.device import pick_device, pick_dtype
 from nanochat_ray.engine.load import step_model_of
 from nanochat_ray.eval.core import CoreTask, core_questions
-from nanochat_ray.eval.question import EndScore, Question, judge
+from nanochat_ray.eval.question import EndScore, Question, Verdict, judge
 from nanochat_ray.eval.scorer import StepScorer
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.plan import Plan
@@ -25,6 +27,7 @@ from nanochat_ray.train.checkpoint import build_model
 SIZES = sizes.FULL | {"depth": 4, "sequence_len": 1024}
 QUICK = sizes.QUICK | {"sequence_len": 256}
 LEAST_PER_TASK = 12  # the tasks with ten shots need eleven
+COMPARED_PER_TASK = 3
 
 
 def measure(plan: Plan, tokenizer: Tokenizer, tasks: Sequence[CoreTask], dtype: str | None) -> dict[str, Any]:
@@ -38,45 +41,29 @@ def evaluation_figures(
     plan: Plan, tokenizer: Tokenizer, tasks: Sequence[CoreTask], dtype_name: str | None
 ) -> dict[str, Any]:
     """Both evaluators in turn, task by task, in this process."""
-    import os
-
-    from nanochat_ray.device import pick_device, pick_dtype
-
     device, _ = pick_device()
     dtype, _ = pick_dtype(device, dtype_name)
     torch.set_num_threads(os.cpu_count() or 1)
-    model = build_model(plan).to(device)
-    with torch.no_grad():  # an untrained network's output projections are zero: let every layer count
-        for block in model.blocks:
-            for projection in (block.attn.c_proj, block.mlp.c_proj):
-                projection.weight.normal_(0.0, 0.02, generator=torch.Generator(device).manual_seed(1))
+    model = _model(plan, device)
     step_model, how = step_model_of(model, dtype)  # also freezes the model
     scorer = StepScorer(step_model)
-    seconds: dict[str, list[float]] = {"ours": [], "one_at_a_time": []}
     by_kind: dict[str, dict[str, float]] = {}
-    agree = questions = 0
     for number, task in enumerate([tasks[0], *tasks]):  # the first task twice: once to warm up
         indices = range(len(task.items))
         began = time.perf_counter()
-        ours = [
-            judge(question, ends, tokenizer.decode)
-            for question, ends in scorer.score(list(core_questions(task, indices, tokenizer, scorer.limit)))
-        ]
+        _ours(scorer, task, indices, tokenizer)
         middle = time.perf_counter()
-        theirs = [
-            judge(question, one_at_a_time(model, question), tokenizer.decode)
-            for question in core_questions(task, indices, tokenizer, scorer.limit)
-        ]
+        _theirs(model, scorer.limit, task, indices, tokenizer)
         end = time.perf_counter()
         if number:
-            questions += len(ours)
-            agree += sum(a.prediction == b.prediction for a, b in zip(ours, theirs, strict=True))
-            seconds["ours"].append(middle - began)
-            seconds["one_at_a_time"].append(end - middle)
             kind = by_kind.setdefault(task.kind, {"questions": 0, "ours_s": 0.0, "one_at_a_time_s": 0.0})
-            kind["questions"] += len(ours)
+            kind["questions"] += len(indices)
             kind["ours_s"] += middle - began
             kind["one_at_a_time_s"] += end - middle
+    questions, ours_s, theirs_s = (
+        sum(kind[name] for kind in by_kind.values()) for name in ("questions", "ours_s", "one_at_a_time_s")
+    )
+    same, compared = _same_predictions(plan, device, tasks, tokenizer)
     return {
         "depth": plan.depth,
         "vocab_size": plan.model.vocab_size,
@@ -85,9 +72,10 @@ def evaluation_figures(
         "model_step": how,
         "tasks": len(tasks),
         "questions": questions,
-        "same_prediction": agree,
-        "per_s": round(questions / sum(seconds["ours"]), 2),
-        "one_at_a_time_per_s": round(questions / sum(seconds["one_at_a_time"]), 2),
+        "same_prediction": same,
+        "compared": compared,
+        "per_s": round(questions / ours_s, 2),
+        "one_at_a_time_per_s": round(questions / theirs_s, 2),
         "by_kind": by_kind,
     }
 
@@ -105,11 +93,50 @@ def lines(figures: dict[str, Any]) -> list[Line]:
         )
         for kind, found in figures["by_kind"].items()
     ]
-    same = f"{figures['same_prediction']:,} of {figures['questions']:,}"
-    return [
-        *table,
-        Line("same prediction", same, f"in {figures['dtype'].removeprefix('torch.')}; {figures['model_step']}"),
+    same = f"{figures['same_prediction']:,} of {figures['compared']:,}"
+    speed = f"the speed is in {figures['dtype'].removeprefix('torch.')}, {figures['model_step']}"
+    return [*table, Line("same prediction", same, f"in fp32, without rounding's part in near ties; {speed}")]
+
+
+def _model(plan: Plan, device: torch.device) -> GPT:
+    """Untrained, but with output projections, which begin at zero: every layer counts."""
+    model = build_model(plan).to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                projection.weight.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def _same_predictions(
+    plan: Plan, device: torch.device, tasks: Sequence[CoreTask], tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """How many answers are the same in fp32, of the first few of each task."""
+    model = _model(plan, device)
+    scorer = StepScorer(step_model_of(model, torch.float32)[0])
+    pairs = [
+        pair
+        for task in tasks
+        for pair in zip(
+            _ours(scorer, task, range(COMPARED_PER_TASK), tokenizer),
+            _theirs(model, scorer.limit, task, range(COMPARED_PER_TASK), tokenizer),
+            strict=True,
+        )
     ]
+    return sum(ours.prediction == theirs.prediction for ours, theirs in pairs), len(pairs)
+
+
+def _ours(scorer: StepScorer, task: CoreTask, indices: Sequence[int], tokenizer: Tokenizer) -> list[Verdict]:
+    scored = scorer.score(list(core_questions(task, indices, tokenizer, scorer.limit)))
+    return [judge(question, ends, tokenizer.decode) for question, ends in scored]
+
+
+def _theirs(
+    model: GPT, limit: int | None, task: CoreTask, indices: Sequence[int], tokenizer: Tokenizer
+) -> list[Verdict]:
+    questions = core_questions(task, indices, tokenizer, limit)
+    return [judge(question, one_at_a_time(model, question), tokenizer.decode) for question in questions]
 
 
 @torch.inference_mode()

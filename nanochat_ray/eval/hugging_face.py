@@ -136,8 +136,11 @@ def _load(path: str, trust_code: bool) -> tuple[Any, _TextTokenizer]:
     try:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError("--hf needs the package transformers: pip install 'nanochat_ray[hf]'") from error
+    logging.set_verbosity_error()  # what matters is said by our own errors
+    logging.disable_progress_bar()
     how = {"trust_remote_code": trust_code, "local_files_only": True}
     # Weights that do not fit are told of below, together with those that are missing.
     how_model = how | {"output_loading_info": True, "ignore_mismatched_sizes": True}

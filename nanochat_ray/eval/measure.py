@@ -16,15 +16,16 @@ from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import ORDER_SEED, SHOTS_SEED
 from nanochat_ray.eval.exam import Exam, RunModel, Task, identity
+from nanochat_ray.eval.kept import BASE_EVAL, CHAT_EVAL, SCORES, read_evaluation
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.results import RESULTS, aligned, by_task, read_results
 from nanochat_ray.eval.sitting import sit
 from nanochat_ray.eval.statistics import RESAMPLES, SEED
-from nanochat_ray.eval.summary import compare, comparison_table, summarise, table
+from nanochat_ray.eval.summary import caveats, compare, comparison_table, summarise, table
 from nanochat_ray.storage import Folder, retrying
 
-EVALUATIONS, SCORE, BASE_EVAL, CHAT_EVAL = "evaluations", "score.json", "base_eval.json", "chat_eval.json"
-_ARTIFACTS = {"CORE": (BASE_EVAL, "core"), "ChatCORE": (CHAT_EVAL, "chat_core")}
+EVALUATIONS, SCORE = "evaluations", "score.json"
+_FILES = {"CORE": BASE_EVAL, "ChatCORE": CHAT_EVAL}
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ def measure(
         "model_digest": subject.digest,
         "questions_hash": _hash(exam.tasks),
         "max_per_task": max_per_task,
-        "seeds": {"few_shot": f"{SHOTS_SEED} + index", "order": ORDER_SEED, "bootstrap": SEED},
+        "seeds": {**_shots_seed(exam.tasks), "order": ORDER_SEED, "bootstrap": SEED},
         "resamples": RESAMPLES,
         "dtype": subject.dtype,
         "examples_per_s": per_second and round(per_second, 2),
+        "cut": sum(verdict.cut for verdict in verdicts),
         **summarise(by_task(exam.tasks, verdicts)),
         "references": {},
         "comparison": None,
@@ -132,12 +134,16 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> Before:
     Raises:
         UserError: it was not, was asked other questions, or its answers are gone.
     """
-    file, key = _ARTIFACTS[name]
-    found = stage.read_json(file).get(key) if stage.exists(file) else None
+    file = _FILES[name]
+    if not stage.exists():
+        raise UserError(f"there is no {stage}, to compare with; check --compare and --storage")
+    found = read_evaluation(stage, file).get(SCORES[file])
     if found is None:
         raise UserError(
             f"{name} of {stage} was not measured: there is nothing to compare with; evaluate that run first"
         )
+    if "questions_hash" not in found or not isinstance(found.get("results"), str):
+        raise UserError(f"{name} of {stage} was measured by an earlier version; evaluate that run again")
     if found["questions_hash"] != _hash(tasks):
         most = found["max_per_task"]
         asked = f"at most {most:,} of each task" if most else "all of each task"
@@ -154,23 +160,15 @@ def measured_before(stage: Folder, name: str, tasks: Sequence[Task]) -> Before:
 def tell(summary: Mapping[str, Any], stage: Folder) -> None:
     """Print a stage's summary for people."""
     print(f"\n{summary['title']}\n{table(dict(summary))}")
+    for caveat in caveats(dict(summary)):
+        print(caveat)
     if summary["comparison"] is not None:
         print(f"\ncompared with {summary['comparison']['with']}\n{comparison_table(summary['comparison'])}")
     print(f"each question: {stage / summary['results']}", flush=True)
 
 
-def keep(stage: Folder, file: str, subject: Subject, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Add figures to those that a stage's file has of the same weights, in place of those of others; returns all.
-
-    Raises:
-        UserError: the storage refuses.
-    """
-    known = retrying(lambda: stage.read_json(file) if stage.exists(file) else {}, stage, warn)
-    if known.get("model_digest") != subject.digest:
-        known = {}
-    everything = {**known, "step": subject.step, "model_digest": subject.digest, **figures}
-    retrying(lambda: stage.write_json(file, everything), stage, warn)
-    return everything
+def _shots_seed(tasks: Sequence[Task]) -> dict[str, str]:
+    return {"few_shot": f"{SHOTS_SEED} + index"} if any(task.shots for task in tasks) else {}
 
 
 def _hash(tasks: Sequence[Task]) -> str:

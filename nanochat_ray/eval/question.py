@@ -19,6 +19,7 @@ class Question:
     sequences     token ids; the scored tokens of sequence i are sequences[i][starts[i]:], at least one
     gold          which sequence is right; None when there is one, to be met token by token
     prompt_hash   16 hex digits of what is asked, as text: equal between models with other tokenizers
+    cut           whether it lost its beginning, because it was longer than the model reads
     """
 
     task: str
@@ -27,6 +28,7 @@ class Question:
     starts: tuple[int, ...]
     gold: int | None
     prompt_hash: str
+    cut: bool = False
 
     @property
     def tokens(self) -> int:
@@ -60,6 +62,7 @@ class Verdict:
     tool_calls   in that reply
     detail       how the program in that reply ended
     walls        that stood around it; see `sandbox_walls.WALLS`
+    cut          as `Question.cut`
     """
 
     task: str
@@ -72,6 +75,7 @@ class Verdict:
     tool_calls: int = 0
     detail: str = ""
     walls: tuple[str, ...] = ()
+    cut: bool = False
 
 
 def as_question(
@@ -90,10 +94,11 @@ def as_question(
     """
     kept, begins = [], []
     for sequence, start in zip(sequences, starts, strict=True):
-        cut = max(0, len(sequence) - limit) if limit else 0
-        kept.append(tuple(sequence[cut:]))
-        begins.append(min(max(start - cut, 1), len(kept[-1]) - 1))
-    return Question(task, index, tuple(kept), tuple(begins), gold, prompt_hash(texts))
+        lost = max(0, len(sequence) - limit) if limit else 0
+        kept.append(tuple(sequence[lost:]))
+        begins.append(min(max(start - lost, 1), len(kept[-1]) - 1))
+    cut = any(len(short) < len(whole) for short, whole in zip(kept, sequences, strict=True))
+    return Question(task, index, tuple(kept), tuple(begins), gold, prompt_hash(texts), cut)
 
 
 def prompt_hash(texts: Sequence[str]) -> str:
@@ -114,7 +119,7 @@ def judge(question: Question, ends: Sequence[EndScore], decode: Callable[[list[i
     else:
         best = min(range(len(scores)), key=scores.__getitem__)
         prediction, correct = str(best), best == question.gold
-    return Verdict(question.task, question.index, question.prompt_hash, prediction, scores, correct)
+    return Verdict(question.task, question.index, question.prompt_hash, prediction, scores, correct, cut=question.cut)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -39,6 +39,7 @@ _SCHEMA = pa.schema(
         ("tool_calls", pa.int32()),
         ("detail", pa.string()),  # how a program ended
         ("walls", pa.list_(pa.string())),  # that stood around it
+        ("cut", pa.bool_()),  # the question was longer than the model reads
     ]
 )
 

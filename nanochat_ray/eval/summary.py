@@ -87,6 +87,20 @@ def reference_mean(summary: Json, name: str) -> float | None:
     return sum(known[task] for task in tasks) / len(tasks) if set(tasks) <= set(known) else None
 
 
+def caveats(summary: Json) -> list[str]:
+    """What else one must know of a mean, in sentences."""
+    alike = sum(task["accuracy"]["value"] in (0, 1) for task in summary["tasks"].values())
+    said = []
+    if alike:
+        said.append(
+            f"{alike} of {len(summary['tasks'])} tasks were answered all wrong or all right; they add nothing to the "
+            "width of the mean's interval, which is too narrow for it."
+        )
+    if summary.get("cut"):
+        said.append(f"{summary['cut']:,} questions were longer than the model reads, and lost their beginning.")
+    return said
+
+
 def table(summary: Json) -> str:
     """A summary for a terminal: a line for each task with its interval, beside it the references' centred accuracies.
 

@@ -212,7 +212,11 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    except UserError as error:
+        raise _damaged(folder, MANIFEST, "it is not JSON") from error
+    if not isinstance(manifest, dict):
+        raise _damaged(folder, MANIFEST, "it is no description of a bundle")
+    if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder / MANIFEST} is not of format {FORMAT}, which this version reads; export again with it"
         )

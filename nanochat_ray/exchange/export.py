@@ -10,6 +10,7 @@ from typing import Any
 
 from nanochat_ray.cli import warn
 from nanochat_ray.errors import UserError
+from nanochat_ray.eval.kept import BASE_EVAL, CHAT_EVAL, SCORES, read_evaluation
 from nanochat_ray.exchange.bundle import TOKENIZER, WEIGHTS, Content, Facts, write_bundle
 from nanochat_ray.exchange.hf_model import (
     MODELING,
@@ -35,7 +36,7 @@ from nanochat_ray.train.checkpoint import MODEL, STATE, Checkpoints, Loaded, Tra
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.origin import Origin
 
-_BENCHMARKS = {"base": ("base_eval.json", "core"), "sft": ("chat_eval.json", "chat_core")}
+_EVALUATIONS = {"base": BASE_EVAL, "sft": CHAT_EVAL}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,8 @@ def _source(run: Folder, stage: str, state: TrainState, weights_sha256: str) -> 
 
 def _benchmark(stage: Folder, name: str, weights_sha256: str) -> dict[str, Any] | None:
     """CORE or ChatCORE of these very weights, if it was measured."""
-    file, key = _BENCHMARKS[name]
-    found = stage.read_json(file).get(key) if stage.exists(file) else None
+    file = _EVALUATIONS[name]
+    found = read_evaluation(stage, file).get(SCORES[file])
     if not found or found.get("model_digest") != weights_sha256:
         return None
     tasks = {

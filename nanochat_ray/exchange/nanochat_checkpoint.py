@@ -172,6 +172,8 @@ def _read_tensors(path: str, source: Folder) -> Tensors:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "weights_only" in reason:  # torch goes on to advise to run what is in it
+            reason = "it holds more than tensors"
         raise UserError(
             f"{source} cannot be read as a file of tensors ({reason[:200]}); copy it again, or if it holds other "
             "objects, save its state dict alone"

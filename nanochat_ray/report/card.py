@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nanochat_ray.errors import UserError
+from nanochat_ray.eval.kept import BASE_EVAL, CHAT_EVAL, read_evaluation
 from nanochat_ray.plan import duration
 from nanochat_ray.report import sections
 from nanochat_ray.report.document import Document, KeyFigures, Section
@@ -33,8 +34,9 @@ def build_card(run: Folder, prices: Prices = NO_PRICES) -> dict[str, Any]:
     read = _Artifacts(run)
     tokenizer, tokenizer_eval = read("tokenizer/tokenizer.json"), read("tokenizer/eval.json")
     base, sft = read_training(run / "base"), read_training(run / "sft")
-    base_eval, chat_eval, stages = read("base/base_eval.json"), read("sft/chat_eval.json"), read("report/stages.json")
-    core, chat_core = (base_eval or {}).get("core"), (chat_eval or {}).get("chat_core")
+    base_eval, chat_eval = read_evaluation(run / "base", BASE_EVAL), read_evaluation(run / "sft", CHAT_EVAL)
+    stages = read("report/stages.json")
+    core, chat_core = base_eval.get("core"), chat_eval.get("chat_core")
 
     present = {
         "tokenizer": tokenizer,

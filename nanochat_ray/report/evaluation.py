@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from nanochat_ray.eval.summary import p_value, reference_mean
+from nanochat_ray.eval.summary import caveats, p_value, reference_mean
 from nanochat_ray.report.document import Block, Plot, Plots, Section, Table, Text
 from nanochat_ray.report.plots import Bar, band, bars
 from nanochat_ray.storage import Folder
@@ -72,7 +72,7 @@ def _certainty(score: Json) -> str:
             f"of one recipe spread with a standard deviation of {spread:g} in {name}, so that two single runs that "
             f"differ by less than {1.96 * 2**0.5 * spread:.3f} may differ by their seeds alone."
         )
-    return " ".join(sentences)
+    return " ".join([*sentences, *caveats(score)])
 
 
 def _tasks_plot(score: Json) -> Plot:

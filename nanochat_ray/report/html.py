@@ -16,7 +16,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em; }
 .subtitle { color: var(--soft); margin: 0.4rem 0 2rem; }
 h2 { font-size: 1.15rem; margin: 2.8rem 0 0.9rem; padding-bottom: 0.35rem; border-bottom: 1px solid var(--line); }
 p { max-width: 46rem; margin: 0.6rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1px; margin: 0;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1px; margin: 0;
            border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .figures div { box-shadow: 0 0 0 1px var(--line); padding: 0.9rem 1rem; }
 .figures dd { margin: 0; font-size: 1.35rem; white-space: nowrap; font-weight: 600; letter-spacing: -0.01em;

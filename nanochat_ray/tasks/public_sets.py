@@ -36,6 +36,8 @@ def read_split(public_set: PublicSet, split: str, tasks: Folder | None) -> Itera
     """
     if tasks is None:
         return rows_on_hub(public_set.hub_name, public_set.config, split, public_set.columns)
+    if not tasks.exists():
+        raise UserError(f"there is no folder {tasks}; it should hold the files of {public_set.hub_name} and others")
     folder = tasks / public_set.folder
     files = split_files(folder, split, ".parquet")
     if not files:

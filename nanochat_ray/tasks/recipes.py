@@ -63,9 +63,15 @@ def mixture_of(spec: str, tasks: str | None = None, seed: int = 42) -> Mixture:
 
 
 def tasks_of(spec: str, tasks: str | None) -> Folder | None:
-    """Where the task sets of a mixture are: the folder that was given, or the one beside its chats; None: nowhere."""
+    """Where the task sets of a mixture are: the folder that was given, or the one beside its chats; None: nowhere.
+
+    Raises:
+        UserError: the chats are named by a path, and there is nothing.
+    """
     if tasks is not None:
         return Folder.at(tasks)
+    if spec.startswith(("/", ".", "~")) and not Folder.at(spec).exists():
+        raise UserError(f"there is nothing at {spec}; check --sft")
     beside = Folder.at(Folder.at(spec).uri.rpartition("/")[0]) / "tasks"
     return beside if spec not in ("demo", "hub") and beside.exists() else None
 

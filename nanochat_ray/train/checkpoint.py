@@ -175,10 +175,15 @@ class Checkpoints:
             UserError: also when the one of `step` is missing or damaged.
         """
         if step is not None:
+            if step not in (steps := self.steps()):
+                known = ", ".join(map(str, steps)) or "none"
+                raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
             try:
                 read = self._read(step, files)
             except (_Damaged, FileNotFoundError) as damage:
-                raise UserError(f"checkpoint {self.folder / _name(step)} cannot be used ({damage})") from damage
+                raise UserError(
+                    f"checkpoint {self.folder / _name(step)} cannot be used ({damage}); take another step"
+                ) from damage
         else:
             found = self._newest(lambda step: self._read(step, files), warn)
             if found is None:
