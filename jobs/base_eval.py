@@ -93,7 +93,7 @@ class Core:
         if args.compare:
             self.other = measured_before(run_folder(args.storage, args.compare) / "base", "CORE", self.tasks)
 
-    def of_step(self, stage: Folder, step: int, niceness: int = 0) -> dict[str, Any]:
+    def of_step(self, stage: Folder, step: int, beside: bool = False) -> dict[str, Any]:
         """All that is known of a run's checkpoint, CORE's summary among it."""
         from nanochat_ray.eval.exam import CoreExam, RunModel
         from nanochat_ray.eval.kept import BASE_EVAL, keep
@@ -101,10 +101,10 @@ class Core:
 
         model = RunModel.at(self.args.storage, self.args.run, "base", step, self.args.dtype)
         subject = subject_of(model, stage)
-        summary = self.measure(CoreExam(model, self.tasks), subject, niceness)
+        summary = self.measure(CoreExam(model, self.tasks), subject, beside)
         return keep(stage, BASE_EVAL, step, subject.digest, {"core": summary})
 
-    def measure(self, exam: "Exam", subject: "Subject", niceness: int = 0) -> dict[str, Any]:
+    def measure(self, exam: "Exam", subject: "Subject", beside: bool = False) -> dict[str, Any]:
         """The summary of any model, which is also printed."""
         from nanochat_ray.eval.measure import compared, measure, tell
 
@@ -115,7 +115,7 @@ class Core:
             max_per_task=self.args.max_per_task,
             workers=self.args.eval_workers,
             address=self.args.address,
-            niceness=niceness,
+            beside=beside,
         )
         measured.summary["references"] = dict(self.bundle.references)
         if self.other is not None:
@@ -125,10 +125,10 @@ class Core:
 
 
 def watch_core(args: argparse.Namespace, source: str, stage: Folder) -> dict[str, Any]:
-    from nanochat_ray.eval.watch import NICENESS, watch
+    from nanochat_ray.eval.watch import watch
 
     core = Core(args, source)
-    means = watch(stage, lambda step: core.of_step(stage, step, NICENESS)["core"]["mean"]["value"])
+    means = watch(stage, lambda step: core.of_step(stage, step, beside=True)["core"]["mean"]["value"])
     return {"core": means, "artifacts": {"evaluations": str(stage / "evaluations.jsonl")}}
 
 

@@ -34,13 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from nanochat_ray.engine.load import require_trained
-    from nanochat_ray.eval.watch import NICENESS, watch
+    from nanochat_ray.eval.watch import watch
     from nanochat_ray.train.checkpoint import Checkpoints
 
     stage = run_folder(args.storage, args.run) / "sft"
     if args.watch:
         chat = Chat(args, stage)
-        means = watch(stage, lambda step: chat.of_step(step, NICENESS)["chat_core"]["mean"]["value"])
+        means = watch(stage, lambda step: chat.of_step(step, beside=True)["chat_core"]["mean"]["value"])
         return {"chat_core": means, "artifacts": {"evaluations": str(stage / "evaluations.jsonl")}}
     require_trained(args.storage, args.run, "sft")
     chat = Chat(args, stage)
@@ -77,7 +77,7 @@ class Chat:
         if not self.core and not self.held_out:
             raise UserError(f"nothing to ask: {stage} holds out no questions; say with --tasks where ChatCORE's are")
 
-    def of_step(self, step: int, niceness: int = 0) -> dict[str, Any]:
+    def of_step(self, step: int, beside: bool = False) -> dict[str, Any]:
         """All that is known of a checkpoint: scores of held-out questions, and ChatCORE's summary."""
         from nanochat_ray.eval.chat_core import protections_of
         from nanochat_ray.eval.chat_exam import ChatExam
@@ -88,7 +88,7 @@ class Chat:
         args = self.args
         model = RunModel.at(args.storage, args.run, "sft", step, args.dtype)
         subject = subject_of(model, self.stage)
-        how: dict[str, Any] = dict(workers=args.eval_workers, address=args.address, niceness=niceness)
+        how: dict[str, Any] = dict(workers=args.eval_workers, address=args.address, beside=beside)
         how["manner"] = f"{args.max_tokens} tokens"
         known: dict[str, Any] = {}
         if self.held_out:

@@ -25,6 +25,17 @@ def take_precedence() -> None:
         _change(os.SCHED_BATCH, os.SCHED_OTHER)
 
 
+def only_when_idle() -> None:
+    """The calling thread, and what it starts from now on, runs where nobody else wants the core (SCHED_IDLE).
+
+    Evaluation beside training on the same two cores made a step 10 % longer so, and 25 % with the lowest nice value.
+    """
+    if sys.platform == "linux":
+        _change(os.SCHED_OTHER, os.SCHED_IDLE)
+    else:
+        os.nice(19)
+
+
 if sys.platform == "linux":
 
     def _change(before: int, after: int) -> None:

@@ -96,7 +96,7 @@ def test_without_chat_cores_tasks_the_held_out_questions_are_asked_and_chat_core
 
 @pytest.mark.slow
 def test_a_finished_run_is_watched_to_its_end_at_once(asked, capsys, monkeypatch, no_model):
-    monkeypatch.setattr("os.nice", None)
+    monkeypatch.setattr("nanochat_ray.eval.sitting.only_when_idle", None)
     assert asked.chat_eval("--run", "one", "--tasks", str(asked.root / "tasks"), "--watch") == 0
     assert "ChatCORE: all 20 questions were answered before" in capsys.readouterr().out
     lines = [*map(json.loads, asked.stage("one", "sft").read("evaluations.jsonl").decode().splitlines())]

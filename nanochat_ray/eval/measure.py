@@ -66,7 +66,7 @@ def measure(
     max_per_task: int | None,
     workers: int,
     address: str | None,
-    niceness: int = 0,
+    beside: bool = False,
     manner: str = "",
 ) -> Measured:
     """Have an exam sat, or go on with it, and sum it up.
@@ -78,7 +78,7 @@ def measure(
     Raises:
         UserError: as `sit`.
     """
-    folder, verdicts, per_second = answer(name, exam, subject, workers, address, niceness, manner)
+    folder, verdicts, per_second = answer(name, exam, subject, workers, address, beside, manner)
     summary = {
         "name": name,
         "title": subject.title,
@@ -101,12 +101,12 @@ def measure(
 
 
 def answer(
-    name: str, exam: Exam, subject: Subject, workers: int, address: str | None, niceness: int = 0, manner: str = ""
+    name: str, exam: Exam, subject: Subject, workers: int, address: str | None, beside: bool = False, manner: str = ""
 ) -> tuple[Folder, list[Verdict], float | None]:
     """Where an exam's results are, the results, and questions per second; the arguments are those of `measure`."""
     key = identity(f"{name} {manner}".strip(), subject.digest, subject.dtype, exam.tasks)
     folder = subject.stage / EVALUATIONS / f"{name.lower()}-{key[:12]}"
-    return folder, *sit(exam, folder, name, workers, address, niceness)
+    return folder, *sit(exam, folder, name, workers, address, beside)
 
 
 def compared(ours: Measured, tasks: Sequence[Task], theirs: "Before") -> dict[str, Any]:

@@ -4,7 +4,6 @@ An actor that dies costs the pieces it had in hand, which others get; a new one 
 has room. Two pieces are in an actor's hands at a time, so that it never waits for the driver.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.exam import Exam, Piece
 from nanochat_ray.eval.question import Verdict
+from nanochat_ray.precedence import only_when_idle
 
 IN_HAND = 2
 DEATHS_PER_PIECE = 3  # then it is not the machines' fault
@@ -31,9 +31,10 @@ def load() -> None:
 class _Examiner:
     """One process with the model."""
 
-    def begin(self, exam: Exam, niceness: int) -> None:
+    def begin(self, exam: Exam, beside: bool) -> None:
         """Not a constructor: what a method raises reaches the driver as it is."""
-        os.nice(niceness)
+        if beside:
+            only_when_idle()
         self._grade = exam.begin()
 
     def grade(self, piece: Piece) -> list[Verdict]:
@@ -45,7 +46,7 @@ def sit(
     pieces: Sequence[Piece],
     workers: int,
     resources: dict[str, float],
-    niceness: int = 0,
+    beside: bool = False,
     tell_workers: Callable[[int], None] = lambda workers: None,
 ) -> Generator[list[Verdict], None, None]:
     """The verdicts of each piece, as they come, in any order; each piece once.
@@ -53,7 +54,7 @@ def sit(
     Args:
         workers: most actors at a time; fewer work while the cluster has room for fewer.
         resources: of each, {"CPU": …} and "GPU" if it has any.
-        niceness: by how much they give way to other processes of their machines.
+        beside: whether they only take what others leave of their machines.
         tell_workers: called with the number of actors that work whenever it changes.
 
     Raises:
@@ -64,7 +65,7 @@ def sit(
 
     def hire() -> tuple[ray.actor.ActorHandle, ray.ObjectRef]:
         actor = examiner.remote()
-        return actor, actor.begin.remote(placed, niceness)
+        return actor, actor.begin.remote(placed, beside)
 
     hall = _Hall(list(pieces), min(workers, len(pieces)), hire, tell_workers)
     try:

@@ -1,6 +1,5 @@
 """Has an exam sat: what is not done yet, here or by workers of a cluster, with a line of progress; results are kept."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +8,7 @@ from nanochat_ray.eval.exam import Exam, Piece, pieces
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.results import Results
 from nanochat_ray.plan import duration
+from nanochat_ray.precedence import only_when_idle
 from nanochat_ray.storage import Folder
 
 PIECE = 32  # questions handed out at once: as many replies as an engine writes at a time
@@ -16,7 +16,7 @@ TELL_EVERY_S = 5.0
 
 
 def sit(
-    exam: Exam, folder: Folder, title: str, workers: int, address: str | None, niceness: int = 0
+    exam: Exam, folder: Folder, title: str, workers: int, address: str | None, beside: bool = False
 ) -> tuple[list[Verdict], float | None]:
     """Every question's verdict, by task and place; and questions per second, None if all were done before.
 
@@ -24,7 +24,7 @@ def sit(
     GPU the job has it, and another process would wait for it for ever.
 
     Args:
-        niceness: by how much the processes that compute give way to others of their machines.
+        beside: whether the processes that compute only take what others leave of their machines.
 
     Raises:
         UserError: the model, the storage or the cluster fails; what is done is kept for the next time.
@@ -40,7 +40,7 @@ def sit(
     folder.require_writable()
     progress = _Progress(title, len(results.done), total)
     try:
-        with _grading(exam, todo, workers, address, niceness, progress) as graded:
+        with _grading(exam, todo, workers, address, beside, progress) as graded:
             for verdicts in graded:
                 results.add(verdicts)
                 progress.add(len(verdicts))
@@ -52,10 +52,11 @@ def sit(
 
 @contextmanager
 def _grading(
-    exam: Exam, todo: Sequence[Piece], workers: int, address: str | None, niceness: int, progress: "_Progress"
+    exam: Exam, todo: Sequence[Piece], workers: int, address: str | None, beside: bool, progress: "_Progress"
 ) -> Iterator[Iterator[list[Verdict]]]:
     if workers == 1 and address is None:
-        os.nice(niceness)
+        if beside:
+            only_when_idle()
         grade = exam.begin()
         progress.workers(1)
         yield map(grade, todo)
@@ -66,7 +67,7 @@ def _grading(
     with ExitStack() as stack:
         cluster = stack.enter_context(connect(address, workers, pool.load))
         require_room(cluster, 1, cluster.per_worker)
-        graded = pool.sit(exam, todo, workers, cluster.per_worker, niceness, progress.workers)
+        graded = pool.sit(exam, todo, workers, cluster.per_worker, beside, progress.workers)
         stack.callback(graded.close)
         yield graded
 

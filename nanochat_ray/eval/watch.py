@@ -9,7 +9,6 @@ from nanochat_ray.storage import Folder, retrying
 from nanochat_ray.train.checkpoint import Checkpoints
 
 LOOK_EVERY_S = 5.0
-NICENESS = 19  # of evaluation beside training: it gets what nobody else wants
 
 
 def watch(
