@@ -53,7 +53,7 @@ def test_evaluations_get_their_questions_and_workers_too():
     [
         (["--max-per-task", "2"], 2, "2 examples of colours are too few"),
         (["--bundle", "nowhere"], 1, "nowhere is no bundle of CORE's questions"),
-        (["--sft", "chats/", "--tasks", "nowhere"], 1, r"no test-*.parquet in"),
+        (["--sft", "chats/", "--tasks", "nowhere"], 1, r"there is no folder"),
     ],
 )
 def test_questions_that_cannot_be_asked_end_it_before_any_stage(tmp_path, capsys, monkeypatch, flags, code, said):
