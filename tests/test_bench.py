@@ -45,6 +45,7 @@ def test_a_fresh_process_has_the_environment_of_ray_workers():
     assert in_fresh_process(os.getenv, "OMP_WAIT_POLICY") == os.environ["OMP_WAIT_POLICY"]
 
 
+@pytest.mark.slow
 def test_a_watch_sees_memory_and_cpu_of_this_process_and_its_descendants():
     with Watch() as watch:
         child = in_fresh_process(_process_id_after, 1.5 * SAMPLE_EVERY_S)

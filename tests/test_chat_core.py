@@ -132,6 +132,7 @@ def test_the_real_sets_make_the_five_tasks(shared_data):
     assert [task.hash for task in again] == [task.hash for task in tasks]
 
 
+@pytest.mark.slow
 def test_where_the_questions_are_follows_the_finetuning_mixture(shared_data):
     assert chat_core_of(None, "demo", 5) == []
     assert chat_core_of("none", str(shared_data / "sft"), 5) == []

@@ -51,7 +51,7 @@ def test_storage_that_fails_is_asked_again_and_nothing_is_called_damaged(tmp_pat
     results.add(SOME)
     failures = iter([OSError("connection reset")] * 2)
     write, read = Folder.write, Folder.read
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("nanochat_ray.storage.FIRST_PAUSE_S", 0.0)
 
     def sometimes(act):
         def acting(*args):

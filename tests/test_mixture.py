@@ -83,6 +83,7 @@ def test_a_missing_mixture_says_which_job_makes_it(tmp_path):
         open_mixture(Folder.at(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_demo_mixture_is_small_and_balanced():
     mixture = demo_mixture(42)
     characters = sum(len(str(message["content"])) for example in mixture.train for message in example.messages)
@@ -92,6 +93,7 @@ def test_the_demo_mixture_is_small_and_balanced():
     assert {example.source for example in mixture.test} == set(mixture.counts)
 
 
+@pytest.mark.slow
 def test_real_chats_are_mixed_with_the_tasks_beside_them(shared_data):
     sizes = MixtureSizes(gsm8k_epochs=0.1, mmlu_epochs=0.1, arc_epochs=0, spelling=10, counting=10, arithmetic=0)
     mixture = folder_mixture(str(shared_data / "sft"), seed=1, sizes=sizes)

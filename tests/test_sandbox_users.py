@@ -57,6 +57,7 @@ def write(pid: int, name: str, text: str) -> None:
         file.write(text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="user namespaces are Linux's")
 def test_where_a_container_knows_few_users_a_program_is_nobody():
     outcome, detail, told, walls, wrong, at_once = in_user_namespace("0 0 65536", "0 0 65536", "allow")
@@ -66,6 +67,7 @@ def test_where_a_container_knows_few_users_a_program_is_nobody():
     assert at_once == [""] * 4  # nobody's threads are counted together
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="user namespaces are Linux's")
 def test_where_only_root_is_known_a_program_runs_behind_the_other_walls():
     # what every user may map, if the system lets them make user namespaces at all
@@ -76,6 +78,7 @@ def test_where_only_root_is_known_a_program_runs_behind_the_other_walls():
     assert "limits" in walls
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="user namespaces are Linux's")
 def test_where_groups_cannot_be_left_a_program_keeps_its_user():
     outcome, detail, told, walls, wrong, _ = in_user_namespace("0 0 65536", "0 0 65536", "deny")

@@ -113,6 +113,7 @@ def test_about_95_of_100_intervals_hold_the_true_accuracy(examples, accuracy):
     assert 0.91 <= held / 400 <= 0.98
 
 
+@pytest.mark.slow
 def test_about_5_of_100_equal_models_are_told_apart():
     generator = np.random.default_rng(0)
     told_apart = 0
