@@ -14,7 +14,9 @@ import torch
 from jobs import export as export_job
 from nanochat_ray.chat import render, render_prompt
 from nanochat_ray.eval.core import MULTIPLE_CHOICE, CoreTask, core_questions
-from nanochat_ray.eval.question import judge
+from nanochat_ray.eval.exam import CONTEXT_TIMES
+from nanochat_ray.eval.hugging_face import HuggingFaceScorer
+from nanochat_ray.eval.question import as_question, judge
 from nanochat_ray.eval.scorer import StepScorer
 from nanochat_ray.model.torch_step import TorchStep
 from nanochat_ray.storage import run_folder
@@ -193,6 +195,21 @@ def test_a_reply_ends_where_ours_does(transformers, july):
     ours = tiny_tokenizer()
     ends = ("assistant_end", "bos", "user_start", "user_end", "assistant_start")
     assert july.theirs.generation_config.eos_token_id == [ours.special(name) for name in ends]
+
+
+def test_core_is_asked_of_an_export_as_of_its_run_beyond_the_context_of_training_too(july):
+    theirs, ours = july.theirs, july.ours
+    context = ours.config.sequence_len
+    ids = torch.randint(0, 256, (2 * context,), generator=torch.Generator().manual_seed(1)).tolist()
+    questions = [
+        as_question("t", length, ["x"], [[*ids[:length], a, b] for a, b in ((1, 2), (3, 4))], [length] * 2, 0, None)
+        for length in (20, 2 * context)
+    ]
+    export, run = HuggingFaceScorer(theirs), StepScorer(TorchStep(ours, CONTEXT_TIMES * context))
+    assert export.limit == run.limit
+    for (_, found), (_, expected) in zip(export.score(questions), run.score(questions), strict=True):
+        for end, other in zip(found, expected, strict=True):
+            assert end.nats == pytest.approx(other.nats, abs=1e-4)
 
 
 def test_lm_eval_agrees_with_ours(transformers, tmp_path):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nanochat_ray.model.gpt import GPT
     from nanochat_ray.model.ragged import StepModel
+    from nanochat_ray.plan import Plan
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import Checkpoints
 
@@ -95,17 +96,10 @@ def load_chat_model(
         UserError: as `require_trained`, or no checkpoint verifies.
     """
     began = time.monotonic()
-    from nanochat_ray.device import pick_device, pick_dtype
-    from nanochat_ray.tokenizer import Tokenizer
-    from nanochat_ray.train.checkpoint import Checkpoints, load_model
+    from nanochat_ray.train.checkpoint import Checkpoints
 
     imported = time.monotonic()
-    require_trained(storage, run, stage)
-    folder = run_folder(storage, run)
-    on, _ = pick_device(device)
-    activations, _ = pick_dtype(on, dtype)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations, at_step=step)
+    model, activations, tokenizer, plan, step = _load_network(storage, run, stage, device, dtype, step)
     loaded = time.monotonic()
     engine, how = engine_of(model, tokenizer, activations, max_running, threads)
     about = {
@@ -114,7 +108,7 @@ def load_chat_model(
         "step": step,
         "depth": plan.depth,
         "context": model.config.sequence_len,
-        "device": str(on),
+        "device": str(model.device),
         "dtype": str(activations).removeprefix("torch."),
         "model_step": how,
     }
@@ -123,7 +117,7 @@ def load_chat_model(
         "load_s": round(loaded - imported, 3),
         "engine_s": round(time.monotonic() - loaded, 3),
     }
-    fingerprint = _fingerprint(Checkpoints.of(folder / stage), step, dtype)
+    fingerprint = _fingerprint(Checkpoints.of(run_folder(storage, run) / stage), step, dtype)
     return ChatModel(engine, run, about, fingerprint, startup)
 
 
@@ -138,18 +132,26 @@ def load_step_model(
     Raises:
         UserError: as `load_chat_model`.
     """
+    model, activations, tokenizer, plan, _ = _load_network(storage, run, stage, None, dtype, step)
+    step_model, _ = step_model_of(model, activations, context=context_times * plan.model.sequence_len)
+    return step_model, tokenizer, model.device.type
+
+
+def _load_network(
+    storage: str, run: str, stage: str, device: str | None, dtype: str | None, step: int | None
+) -> "tuple[GPT, torch.dtype, Tokenizer, Plan, int]":
+    """The network of a stage, the dtype of its activations, its tokenizer, its plan, and the step it stands at."""
     from nanochat_ray.device import pick_device, pick_dtype
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import load_model
 
     require_trained(storage, run, stage)
     folder = run_folder(storage, run)
-    device, _ = pick_device()
-    activations, _ = pick_dtype(device, dtype)
+    on, _ = pick_device(device)
+    activations, _ = pick_dtype(on, dtype)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    model, plan, _ = load_model(folder / stage, tokenizer.fingerprint, device, activations, at_step=step)
-    step_model, _ = step_model_of(model, activations, context=context_times * plan.model.sequence_len)
-    return step_model, tokenizer, device.type
+    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations, at_step=step)
+    return model, activations, tokenizer, plan, step
 
 
 def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None) -> str:

@@ -1,6 +1,6 @@
 """An exam: questions in pieces, a grader for them, and the models that sit it. No Ray; `pool.py` spreads one.
 
-exam = CoreExam(RunModel(storage, "d12", "base"), tasks)
+exam = CoreExam(RunModel.at(storage, "d12", "base", step=2520, dtype=None), tasks)
 grade = exam.begin()                       # loads the model; once per process
 for piece in pieces(exam.tasks, 64, done): verdicts = grade(piece)
 """

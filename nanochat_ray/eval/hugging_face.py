@@ -11,13 +11,14 @@ import torch
 
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.core import CoreTask
-from nanochat_ray.eval.exam import Grade, core_grader
+from nanochat_ray.eval.exam import CONTEXT_TIMES, Grade, core_grader
 from nanochat_ray.eval.measure import Subject
 from nanochat_ray.eval.question import EndScore, Question
 from nanochat_ray.eval.reading import Reading, readings_of
 from nanochat_ray.storage import Folder
 
 BATCH_TOKENS = 4096  # padding included
+OUR_MODEL_TYPE = "nanochat_ray"  # in the config.json of jobs.export
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIGURATION = ("*.json", "*.model", "*.txt", "*.py", "*.tiktoken")
 
@@ -67,7 +68,7 @@ class HuggingFaceScorer:
     """Scores questions in batches of equally padded readings; what sequences share is read again by each."""
 
     def __init__(self, model: Any, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.limit: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.limit = _limit(model.config)
         self._model = model
         self._batch_tokens = batch_tokens
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -109,6 +110,12 @@ class HuggingFaceScorer:
             output.logits[row, reading.first - begin : len(reading.ids) - begin].float().cpu()
             for row, reading in enumerate(readings)
         ]
+
+
+def _limit(config: Any) -> int | None:
+    """Most tokens that the model reads; None: any number. An export of ours reads as far as the run it came from."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions * CONTEXT_TIMES if positions and config.model_type == OUR_MODEL_TYPE else positions
 
 
 class _TextTokenizer:

@@ -6,6 +6,7 @@ where a scored token comes next, and the last token of a sequence, after which n
 choice of one letter costs one row of logits.
 
 On a CPU with the fused step the scores are those of each question by itself, to the last bit; see `model/ragged.py`.
+Not run on a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,11 +70,12 @@ class StepScorer:
     def score(self, questions: Sequence[Question]) -> Iterator[tuple[Question, list[EndScore]]]:
         """Each question with the scores of its sequences' ends, in order."""
         batch: list[_Plan] = []
+        tokens = rows = 0
         for plan in map(_plan, questions):
-            tokens, rows = (sum(values) for values in zip(*((p.tokens, p.rows) for p in [*batch, plan]), strict=True))
+            tokens, rows = tokens + plan.tokens, rows + plan.rows
             if batch and (tokens > self._batch_tokens or rows > self._batch_rows):
                 yield from self._scores(batch)
-                batch = []
+                batch, tokens, rows = [], plan.tokens, plan.rows
             batch.append(plan)
         if batch:
             yield from self._scores(batch)
