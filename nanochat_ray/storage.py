@@ -201,6 +201,7 @@ def retrying(
     retry_for_s: float = RETRY_FOR_S,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
+    when_full: bool = True,
 ) -> Result:
     """What `act()` returns, done again after a storage error, with pauses that double; the first error is a warning.
 
@@ -208,6 +209,7 @@ def retrying(
 
     Args:
         place: what `act` reads or writes; for messages.
+        when_full: whether a full disk is waited for, too: somebody may free room before hours of training are lost.
 
     Raises:
         UserError: it has failed for `retry_for_s` seconds, or failed for another reason than the storage.
@@ -221,6 +223,8 @@ def retrying(
             cause = error.__cause__ if isinstance(error, UserError) else error  # `open` wraps what the store said
             if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError):
                 raise
+            if not when_full and is_full(cause):
+                raise storage_failed(place, cause) from error
             if clock() - began >= retry_for_s:
                 raise storage_failed(place, cause, retry_for_s) from error
             if not warned:

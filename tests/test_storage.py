@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat_ray.errors import UsageError, UserError
-from nanochat_ray.storage import READ_BYTES, Folder, run_folder
+from nanochat_ray.storage import READ_BYTES, Folder, retrying, run_folder
 
 
 def test_names_are_joined_before_the_query_of_a_uri():
@@ -38,6 +38,27 @@ def test_a_write_that_breaks_off_leaves_the_old_content_and_nothing_else(tmp_pat
         folder.write("a", breaking_off())
     assert folder.read("a") == b"old"
     assert folder.list() == ["a"]
+
+
+@pytest.mark.parametrize(("when_full", "pauses"), [(True, [0.5, 1.0]), (False, [])])
+def test_a_full_disk_is_waited_for_only_where_that_is_wanted(when_full, pauses):
+    outcomes = iter([OSError(28, "No space left on device")] * 2)
+    slept: list[float] = []
+
+    def act() -> str:
+        if (error := next(outcomes, None)) is not None:
+            raise error
+        return "done"
+
+    def attempt() -> str:
+        return retrying(act, Folder.at("out"), lambda message: None, sleep=slept.append, when_full=when_full)
+
+    if when_full:
+        assert attempt() == "done"
+    else:
+        with pytest.raises(UserError, match="no room is left on the disk"):
+            attempt()
+    assert slept == pauses
 
 
 @pytest.mark.parametrize("run", ["", "../up", "a/b", ".hidden", "a b"])

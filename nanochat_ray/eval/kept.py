@@ -43,7 +43,7 @@ def keep(stage: Folder, file: str, step: int, digest: str, figures: Mapping[str,
     if known.get("model_digest") != digest:
         known = {}
     everything = {**known, "step": step, "model_digest": digest, **figures}
-    retrying(lambda: stage.write_json(file, everything), stage, warn)
+    retrying(lambda: stage.write_json(file, everything), stage, warn, when_full=False)
     return everything
 
 

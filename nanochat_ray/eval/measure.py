@@ -96,7 +96,7 @@ def measure(
         "comparison": None,
         "results": f"{EVALUATIONS}/{folder.uri.rpartition('/')[2]}/{RESULTS}",  # in the stage, which may move
     }
-    retrying(lambda: _note(subject.stage, folder, summary), subject.stage, warn)
+    retrying(lambda: _note(subject.stage, folder, summary), subject.stage, warn, when_full=False)
     return Measured(summary, verdicts)
 
 

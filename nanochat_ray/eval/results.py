@@ -23,7 +23,7 @@ from nanochat_ray.errors import UserError
 from nanochat_ray.eval.exam import Task
 from nanochat_ray.eval.question import Verdict
 from nanochat_ray.eval.summary import TaskResult
-from nanochat_ray.storage import Folder, is_full, retrying, storage_failed
+from nanochat_ray.storage import Folder, retrying
 
 WRITE_EVERY_S = 5.0  # what a lost driver loses
 RESULTS = "results.parquet"
@@ -100,16 +100,7 @@ class Results:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist([asdict(verdict) for verdict in verdicts], schema=_SCHEMA), sink)
         content = sink.getvalue().to_pybytes()
-
-        def write() -> None:
-            try:
-                self.folder.write(name, content)
-            except OSError as error:
-                if is_full(error):  # no machine mends that
-                    raise storage_failed(self.folder, error) from None
-                raise
-
-        retrying(write, self.folder, warn)
+        retrying(lambda: self.folder.write(name, content), self.folder, warn, when_full=False)
 
 
 def by_task(tasks: Iterable[Task], verdicts: Iterable[Verdict]) -> dict[str, TaskResult]:
