@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import time
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STREAMS = 16
 CHAT = "/v1/chat/completions"
-LONG = 400  # tokens; an untrained model ends its reply by chance, so long ones are chosen
+LONG = 300  # tokens; an untrained model ends a sampled reply by chance, so the longest of each kind are chosen
 
 
 @dataclass
@@ -76,8 +77,9 @@ def body(number: int) -> dict:
 def storage(tmp_path_factory) -> Path:
     """A run with an untrained model whose steps are slow enough for something to happen to it while it writes."""
     folder = tmp_path_factory.mktemp("storage")
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("test_*.py"))]
-    tokenizer = train_tokenizer(texts, 2048)
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghijklmnop", k=letters.randint(2, 7))) for _ in range(4000)]
+    tokenizer = train_tokenizer([" ".join(words)], 2048)
     plan = make_plan(
         depth=4, vocab_size=2048, head_size=64, sequence_len=2048, batch_tokens=4096, micro_batch_rows=1, steps=1
     )
@@ -124,9 +126,10 @@ def test_sixteen_replies_survive_a_killed_replica_and_a_machine_with_notice(stor
         undisturbed = []
         for first in range(0, len(candidates), STREAMS):
             undisturbed += asyncio.run(all_streams(url, candidates[first : first + STREAMS]))
-        both = sorted(zip(candidates, undisturbed, strict=True), key=lambda pair: -pair[1].tokens)[:STREAMS]
-        assert both[-1][1].tokens >= LONG
-        assert {"temperature" in wish and wish["temperature"] == 0 for wish, _ in both} == {True, False}
+        pairs = list(zip(candidates, undisturbed, strict=True))
+        longest = [sorted(kind, key=lambda pair: -pair[1].tokens)[: STREAMS // 2] for kind in (pairs[::2], pairs[1::2])]
+        both = [pair for kind in longest for pair in kind]
+        assert min(reply.tokens for _, reply in both) >= LONG
         happened: dict = {}
 
         async def meanwhile() -> None:
