@@ -5,7 +5,7 @@
 
 The logits after a token depend on the tokens before it and on nothing else: not on what else is in the batch, how the
 prompt was cut into steps, which blocks hold it, or the number of threads. Not "nearly": every bit. The code is in
-kernels/cpu_step/, which kernels/cpu_step_build.py compiles at first use.
+kernels/cpu_step/, which kernels/cpu_build.py compiles at first use.
 """
 
 import ctypes
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernels import cpu_step_build
+from kernels import cpu_build
 from nanochat_ray.errors import UserError
 from nanochat_ray.model.attention import RotaryTables
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch, window_groups
 from nanochat_ray.plan.shape import SMEAR_GATE_CHANNELS, ModelShape, round_up
 
+SOURCES = "cpu_step"
 LANES = 16  # columns of a panel of packed weights
 CHANNEL_MULTIPLE = 32
 DTYPES = (torch.bfloat16, torch.float32)
@@ -77,7 +78,7 @@ def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
     if shape.head_size % CHANNEL_MULTIPLE:
         return f"the CPU kernel needs a head size that is a multiple of {CHANNEL_MULTIPLE}, not {shape.head_size}"
     try:
-        cpu_step_build.load()
+        cpu_build.load(SOURCES)
     except UserError as error:
         return str(error)
     return None
@@ -119,7 +120,7 @@ class CpuStep:
         self.groups = window_groups(config)
         self._dtype = dtype
         self._kv_width = config.kv_width
-        self._library = cpu_step_build.load(extra_flags)
+        self._library = cpu_build.load(SOURCES, extra_flags)
         self._library.cpu_step_new.restype = c_void_p
         self._storage: list[mmap.mmap] = []
         self._blocks: tuple[int, ...] = (0,) * len(self.groups)

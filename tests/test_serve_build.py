@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import cpu_step_build
+from kernels import cpu_build
 from nanochat_ray.engine.load import load_chat_model
 from nanochat_ray.errors import UserError
 from nanochat_ray.plan import make_plan
@@ -60,7 +60,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_before_anything_star
 
 def test_without_a_compiler_the_user_is_told_that_the_model_is_slow(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setattr(cpu_step_build, "load", cpu_step_build.load.__wrapped__)  # another test may have loaded it
+    monkeypatch.setattr(cpu_build, "load", cpu_build.load.__wrapped__)  # another test may have loaded it
     build(Served(storage=str(tmp_path), run="demo"))
     load_chat_model(str(tmp_path), "demo", device="cpu")
     told = capsys.readouterr().err.splitlines()

@@ -31,7 +31,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
-from kernels.cpu_step_build import find_compiler
+from kernels.cpu_build import find_compiler
 from nanochat_ray.cli import warn
 from nanochat_ray.cluster import STOP_SIGNALS, connect
 from nanochat_ray.engine.load import ChatModel, describe_chat_model, load_chat_model, require_trained

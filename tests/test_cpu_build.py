@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import cpu_step_build
+from kernels import cpu_build
 from nanochat_ray.errors import UserError
 
 SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
@@ -16,41 +16,41 @@ SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return
 @pytest.fixture
 def small_source(tmp_path, monkeypatch):
     """Something that compiles at once, in place of the kernel, and an empty cache."""
-    folder = tmp_path / "sources"
-    folder.mkdir()
+    folder = tmp_path / "sources" / "cpu_step"
+    folder.mkdir(parents=True)
     (folder / "step.cpp").write_text(SMALL)
-    monkeypatch.setattr(cpu_step_build, "SOURCES", folder)
+    monkeypatch.setattr(cpu_build, "SOURCES", folder.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cpu_step_build.load.cache_clear()
+    cpu_build.load.cache_clear()
     yield folder / "step.cpp"
-    cpu_step_build.load.cache_clear()
+    cpu_build.load.cache_clear()
 
 
 def kept() -> list[Path]:
-    return sorted(cpu_step_build.cache_folder().iterdir())
+    return sorted(cpu_build.cache_folder().iterdir())
 
 
 def test_it_is_compiled_once_and_again_when_anything_changes(small_source):
-    assert cpu_step_build.load().answer() == 42
+    assert cpu_build.load("cpu_step").answer() == 42
     (first,) = kept()
     assert first.parent == Path(os.environ["XDG_CACHE_HOME"], "nanochat_ray", "kernels")
     made = first.stat().st_mtime_ns
-    cpu_step_build.load.cache_clear()
-    assert cpu_step_build.load().answer() == 42
+    cpu_build.load.cache_clear()
+    assert cpu_build.load("cpu_step").answer() == 42
     assert first.stat().st_mtime_ns == made
-    assert cpu_step_build.load(("-DOTHER",)).answer() == 42
+    assert cpu_build.load("cpu_step", ("-DOTHER",)).answer() == 42
     assert len(kept()) == 2
     small_source.write_text(SMALL.replace("42", "43"))
-    cpu_step_build.load.cache_clear()
-    assert cpu_step_build.load().answer() == 43
+    cpu_build.load.cache_clear()
+    assert cpu_build.load("cpu_step").answer() == 43
     assert len(kept()) == 3
 
 
 def test_several_may_compile_at_once(small_source, tmp_path):
-    command = [*cpu_step_build.find_compiler(), *cpu_step_build.FLAGS]
+    command = [*cpu_build.find_compiler(), *cpu_build.FLAGS]
     target = tmp_path / "new" / "made.so"
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: cpu_step_build.compile_to(target, command), range(8)))
+        list(pool.map(lambda _: cpu_build.compile_to(target, "cpu_step", command), range(8)))
     assert ctypes.CDLL(str(target)).answer() == 42
     assert list(target.parent.iterdir()) == [target]
 
@@ -58,22 +58,22 @@ def test_several_may_compile_at_once(small_source, tmp_path):
 def test_a_compiler_is_looked_for_where_people_put_it(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/c++ -m64")
     with pytest.raises(UserError, match=r"\$CXX is /nowhere/c\+\+ -m64, which is not installed"):
-        cpu_step_build.find_compiler()
+        cpu_build.find_compiler()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="none of c\\+\\+, g\\+\\+, clang\\+\\+ is installed"):
-        cpu_step_build.find_compiler()
+        cpu_build.find_compiler()
     clang = tmp_path / "clang++"
     clang.touch(mode=0o755)
-    assert cpu_step_build.find_compiler() == ["clang++"]
+    assert cpu_build.find_compiler() == ["clang++"]
     monkeypatch.setenv("CXX", f"{clang} --target=x")
-    assert cpu_step_build.find_compiler() == [str(clang), "--target=x"]
+    assert cpu_build.find_compiler() == [str(clang), "--target=x"]
 
 
 def test_what_the_compiler_says_is_passed_on(small_source):
     small_source.write_text("int answer() {\n  return missing;\n}\n")
     with pytest.raises(UserError, match="cannot compile the CPU kernel: .*missing"):
-        cpu_step_build.load()
+        cpu_build.load("cpu_step")
     assert kept() == []
 
 
@@ -81,19 +81,19 @@ def test_a_cache_that_cannot_be_written_is_named(small_source, tmp_path, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be kept in .*file/nanochat_ray/kernels.*set XDG_CACHE_HOME"):
-        cpu_step_build.load()
+        cpu_build.load("cpu_step")
 
 
 def test_a_damaged_library_says_what_to_delete(small_source, monkeypatch):
-    def damage(target: Path, command: list[str]) -> None:
+    def damage(target: Path, kernel: str, command: list[str]) -> None:
         target.parent.mkdir(parents=True)
         target.write_bytes(b"not a library")
 
-    monkeypatch.setattr(cpu_step_build, "compile_to", damage)
+    monkeypatch.setattr(cpu_build, "compile_to", damage)
     with pytest.raises(UserError, match="does not load: .*; delete .*cpu_step-.* to compile it again"):
-        cpu_step_build.load()
+        cpu_build.load("cpu_step")
 
 
 def test_importing_it_costs_no_torch():
-    code = "import sys, kernels.cpu_step_build; sys.exit('torch' in sys.modules)"
+    code = "import sys, kernels.cpu_build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -1,7 +1,8 @@
-"""Compiles the fused CPU step for the machine it runs on, once, with the machine's own compiler.
+"""Compiles the CPU's kernels for the machine they run on, once, with the machine's own compiler.
 
-The library is kept in $XDG_CACHE_HOME/nanochat_ray/kernels (default ~/.cache) under a name that says what it was made
-of: sources, flags, compiler and processor. A second process, or the next run, loads it in milliseconds.
+A kernel is a folder of C++ beside this file: everything in it named *.cpp becomes one library, which may include the
+headers of cpu/. It is kept in $XDG_CACHE_HOME/nanochat_ray/kernels (default ~/.cache) under a name that says what it
+was made of: sources, flags, compiler and processor. A second process, or the next run, loads it in milliseconds.
 """
 
 import ctypes
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from nanochat_ray.errors import UserError
 
-SOURCES = Path(__file__).with_name("cpu_step")
+SOURCES = Path(__file__).parent
+SHARED = "cpu"  # headers of all
 # No contraction: where the compiler fused a·b + c on its own, it would do so in one loop and not in another, and equal
 # tokens would get unequal bits.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
@@ -26,8 +28,8 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 @functools.cache
-def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library, compiled if need be; `extra_flags` come after all others.
+def load(kernel: str, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of a kernel, compiled if need be; `extra_flags` come after all others.
 
     Raises:
         UserError: it cannot be compiled or kept here; says why.
@@ -35,9 +37,9 @@ def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiler = find_compiler()
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler, *FLAGS, native, *extra_flags]
-    target = cache_folder() / f"cpu_step-{_fingerprint(command)}.so"
+    target = cache_folder() / f"{kernel}-{_fingerprint(kernel, command)}.so"
     if not target.is_file():
-        compile_to(target, command)
+        compile_to(target, kernel, command)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
@@ -63,8 +65,8 @@ def find_compiler() -> list[str]:
     raise UserError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed; on Debian: apt install g++")
 
 
-def compile_to(target: Path, command: Sequence[str]) -> None:
-    """Compile the sources; `target` appears whole, so several processes may do this at once.
+def compile_to(target: Path, kernel: str, command: Sequence[str]) -> None:
+    """Compile a kernel's sources; `target` appears whole, so several processes may do this at once.
 
     Raises:
         UserError: with the compiler's first error.
@@ -73,9 +75,11 @@ def compile_to(target: Path, command: Sequence[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder, target.name)
+            sources = [str(path) for path in sorted((SOURCES / kernel).glob("*.cpp"))]
             run = subprocess.run(
-                [*command, str(SOURCES / "step.cpp"), "-o", str(made)], capture_output=True, text=True, errors="replace"
-            )
+                [*command, f"-I{SOURCES / SHARED}", *sources, "-o", str(made)],
+                capture_output=True, text=True, errors="replace",
+            )  # fmt: skip
             if run.returncode:
                 raise UserError(f"{command[0]} cannot compile the CPU kernel: {_first_error(run.stderr)}")
             os.replace(made, target)
@@ -88,9 +92,9 @@ def _first_error(output: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
 
 
-def _fingerprint(command: Sequence[str]) -> str:
+def _fingerprint(kernel: str, command: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*(SOURCES / SHARED).glob("*"), *(SOURCES / kernel).iterdir()]):
         digest.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([command[0], "--version"], capture_output=True).stdout
     for part in (shlex.join(command).encode(), version, _processor()):
