@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanochat_ray.model.attention import RotaryTables, causal_attention, rotate
+from nanochat_ray.model.attention import RotaryTables
 from nanochat_ray.model.cache import Cache
-from nanochat_ray.model.loss import linear_cross_entropy, softcap
+from nanochat_ray.model.loss import softcap
+from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan.shape import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelShape
 
 VALUE_GATE_RANGE = 3.0
@@ -40,11 +41,6 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int
     ) -> torch.Tensor: ...
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last axis, without weights."""
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 class Linear(nn.Linear):
@@ -79,6 +75,7 @@ class Attention(nn.Module):
         value_BTE: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
+        operations: Operations,
     ) -> torch.Tensor:
         heads = (-1, self.head_size)
         q_BTHK = self.c_q(x_BTD).unflatten(-1, heads)
@@ -87,8 +84,8 @@ class Attention(nn.Module):
         if value_BTE is not None and self.ve_gate is not None:
             gate_BTG = VALUE_GATE_RANGE * torch.sigmoid(self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS]))
             v_BTGK = v_BTGK + gate_BTG.unsqueeze(-1) * value_BTE.unflatten(-1, heads)
-        q_BTHK = self.query_key_scale * norm(rotate(q_BTHK, *rotary))
-        k_BTGK = self.query_key_scale * norm(rotate(k_BTGK, *rotary))
+        q_BTHK = operations.rotated_norm(q_BTHK, rotary, self.query_key_scale)
+        k_BTGK = operations.rotated_norm(k_BTGK, rotary, self.query_key_scale)
         return self.c_proj(attend(self.layer, q_BTHK, k_BTGK, v_BTGK, self.window).flatten(2))
 
 
@@ -100,8 +97,8 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x_BTD)).square())
+    def forward(self, x_BTD: torch.Tensor, operations: Operations) -> torch.Tensor:
+        return self.c_proj(operations.linear_squared_relu(x_BTD, self.c_fc.weight))
 
 
 class Block(nn.Module):
@@ -118,9 +115,10 @@ class Block(nn.Module):
         value_BTE: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
+        operations: Operations,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), value_BTE, rotary, attend)
-        return x_BTD + self.mlp(norm(x_BTD))
+        x_BTD = x_BTD + self.attn(operations.norm(x_BTD), value_BTE, rotary, attend, operations)
+        return x_BTD + self.mlp(operations.norm(x_BTD), operations)
 
 
 class GPT(nn.Module):
@@ -130,6 +128,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
+        self.operations = Operations()
         vocab, width, layers = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
             {
@@ -159,6 +158,11 @@ class GPT(nn.Module):
     def set_dtype(self, dtype: torch.dtype) -> "GPT":
         """Compute activations in `dtype` from now on; the weights stay as they are."""
         self.dtype = dtype
+        return self
+
+    def use_operations(self, operations: Operations) -> "GPT":
+        """Compute with these from now on."""
+        self.operations = operations
         return self
 
     def freeze(self, dtype: torch.dtype) -> "GPT":
@@ -217,7 +221,7 @@ class GPT(nn.Module):
         """The final normed residual (B, T, D) of whole rows: what training runs, compiled or not."""
         x_BTD = self._embed(ids_BT)
         previous_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
-        return self._layers(ids_BT, self._smear(x_BTD, previous_BTD), rotary, _attend_to_row)
+        return self._layers(ids_BT, self._smear(x_BTD, previous_BTD), rotary, self._attend_to_row)
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits (…, V) of final residuals."""
@@ -225,7 +229,7 @@ class GPT(nn.Module):
 
     def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor, reduction: str) -> torch.Tensor:
         """The loss of final residuals; see `forward`."""
-        loss = linear_cross_entropy(
+        loss = self.operations.linear_cross_entropy(
             x_BTD.flatten(0, -2), self.lm_head.weight, targets_BT.flatten(), self.config.vocab_size, reduction
         )
         return loss.view_as(targets_BT) if reduction == "none" else loss
@@ -276,7 +280,7 @@ class GPT(nn.Module):
         return self._layers(ids_1N, x_1ND, (cos_SP[positions_N], sin_SP[positions_N]), attend)[0]
 
     def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return norm(self.transformer["wte"](ids_BT).to(self.dtype))
+        return self.operations.norm(self.transformer["wte"](ids_BT).to(self.dtype))
 
     def _smear(self, x_BTD: torch.Tensor, previous_BTD: torch.Tensor) -> torch.Tensor:
         """Add a gated part of the previous embedding, which is zero at the first position."""
@@ -299,12 +303,17 @@ class GPT(nn.Module):
                 value_BTE = self.value_embeds[str(layer)](ids_BT).to(self.dtype)
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x_BTD = self.resid_lambdas[layer] * x_BTD + self.x0_lambdas[layer] * x0_BTD
-            x_BTD = block(x_BTD, value_BTE, rotary, attend)
+            x_BTD = block(x_BTD, value_BTE, rotary, attend, self.operations)
             if layer == self.config.n_layer // 2:
                 middle_BTD = x_BTD
         if self.backout_lambda is not None:
             x_BTD = x_BTD - self.backout_lambda.to(x_BTD.dtype) * middle_BTD
-        return norm(x_BTD)
+        return self.operations.norm(x_BTD)
+
+    def _attend_to_row(
+        self, layer: int, q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        return self.operations.attention(q_BTHK, k_BTGK, v_BTGK, window)
 
     @torch.inference_mode()
     def generate(
@@ -326,9 +335,3 @@ class GPT(nn.Module):
                 token = int(torch.multinomial(probabilities_V, 1, generator=generator))
             yield token
             new = [token]
-
-
-def _attend_to_row(
-    layer: int, q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int
-) -> torch.Tensor:
-    return causal_attention(q_BTHK, k_BTGK, v_BTGK, window)
