@@ -138,14 +138,6 @@ def test_the_labels_are_those_of_the_ledger():
     assert set(LABELS) < set(Label)
 
 
-def test_a_step_takes_whole_rounds_of_micro_batches():
-    plan, hardware = make_plan(26), find_hardware("8xH100")
-    alone = step_seconds(plan, hardware, 1)
-    assert alone == pytest.approx(plan.flops / plan.steps / (989e12 * 0.5))
-    assert step_seconds(plan, hardware, plan.micro_batches) == pytest.approx(alone / plan.micro_batches)
-    assert step_seconds(plan, hardware, 5) == pytest.approx(alone * -(-plan.micro_batches // 5) / plan.micro_batches)
-
-
 def test_prices_follow_the_machines_that_were_there():
     plan, hardware = make_plan(12, steps=200), find_hardware("8xA100")
     figures = spot_figures(plan, hardware, Trace((2, 2, 1, 2), 300), (1, 2), COSTS, spot_price=2.0)

@@ -3,6 +3,7 @@
 from nanochat_ray.plan import schedules
 from nanochat_ray.plan.hardware import Hardware
 from nanochat_ray.plan.record import SFT, Plan
+from nanochat_ray.plan.roofline import training_step
 from nanochat_ray.plan.shape import LOGITS_CHUNK_BYTES
 
 Row = tuple[str, str, str]  # name, value, rule
@@ -149,14 +150,25 @@ def _memory_rows(plan: Plan, hardware: Hardware | None) -> list[Row]:
 
 
 def _cost_rows(plan: Plan, hardware: Hardware) -> list[Row]:
-    hours = plan.flops / (hardware.workers * hardware.peak_flops * hardware.mfu) / 3600
-    speed = plan.tokens / (hours * 3600)
+    step = training_step(plan, hardware)
+    hours = plan.steps * step.seconds / 3600
     peak = f"{hardware.workers * hardware.peak_flops:.3g}"
-    on_demand, spot = hardware.on_demand_per_hour, hardware.spot_per_hour
+    on_demand, spot, reached = hardware.on_demand_per_hour, hardware.spot_per_hour, hardware.reached
+    assumed = f"assumed: products reach {reached.products:.0%} of the peak, memory {reached.bandwidth:.0%} of the sheet"
+    rows = [
+        ("hardware", hardware.name, f"{hardware.memory_bytes / 2**30:.0f} GiB per worker; {assumed}"),
+        *((f"  {part.name}", f"{part.seconds / step.seconds:.1%}", part.limit) for part in step.parts),
+        ("a step", duration(step.seconds), "predicted: the sum of these; on GPUs never measured by us"),
+        ("tokens per second", f"{step.tokens_per_s:,.0f}", "B / a step"),
+        ("MFU", f"{step.mfu:.1%}", f"FLOPs per token · tokens per second / {peak} FLOP/s (dense bf16)"),
+    ]
+    if hardware.fp8_flops:
+        fp8 = training_step(plan, hardware, fp8=True)
+        assumed = f"layers in fp8, assumed to reach {reached.fp8_products:.0%} of {hardware.fp8_flops:.3g} FLOP/s"
+        rows.append(("tokens per second, fp8", f"{fp8.tokens_per_s:,.0f}", assumed))
     return [
-        ("hardware", hardware.name, f"{hardware.memory_bytes / 2**30:.0f} GiB per worker"),
-        ("tokens per second", f"{speed:,.0f}", f"assumed MFU {hardware.mfu:.0%} of {peak} FLOP/s (dense bf16)"),
-        ("time", duration(hours * 3600), "training FLOPs / FLOP/s reached; without evaluation and start-up"),
+        *rows,
+        ("time", duration(hours * 3600), "steps · a step; without evaluation and start-up"),
         ("money, on demand", f"${hours * on_demand:,.2f}", f"assumed ${on_demand:,.2f} per hour"),
         ("money, spot", f"${hours * spot:,.2f}", f"assumed ${spot:,.2f} per hour, before work lost to preemption"),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from nanochat_ray.plan.hardware import Hardware
 from nanochat_ray.plan.printout import aligned, duration
 from nanochat_ray.plan.record import Plan
+from nanochat_ray.plan.roofline import training_step
 from nanochat_ray.plan.spot import LABELS, Costs, Trace, simulate
 
 STARTS = 24
@@ -15,9 +16,8 @@ SOURCE = "by jobs.bench recovery, plus the state to the storage and back at 1 GB
 
 
 def step_seconds(plan: Plan, hardware: Hardware, workers: int) -> float:
-    """Of one step on so many workers of that hardware: they run the micro-batches of a step in whole rounds."""
-    micro_batch_flops = plan.flops_per_token * plan.batch_tokens / plan.micro_batches
-    return -(-plan.micro_batches // workers) * micro_batch_flops / (hardware.peak_flops * hardware.mfu)
+    """Of one step on so many workers of that hardware."""
+    return training_step(plan, hardware, workers).seconds
 
 
 def spot_figures(
@@ -85,7 +85,7 @@ def spot_table(title: str, figures: dict[str, Any]) -> str:
         (
             "  without losses",
             duration(wall["calm"]),
-            f"steps · ceil(G / {most}) · FLOPs of a micro-batch / (peak · MFU)",
+            f"steps · the predicted step of {most} workers",
         ),
         ("time below MIN", duration(figures["below_min_s"]), f"with room for fewer than {least}; means from here on"),
         ("goodput", f"{figures['goodput']:.1%}", f"useful / all worker-seconds; {with_capacity}"),
