@@ -31,12 +31,12 @@ from nanochat_ray.plan.shape import SMEAR_GATE_CHANNELS, ModelShape, round_up
 SOURCES = "cpu_step"
 LANES = 16  # columns of a panel of packed weights
 CHANNEL_MULTIPLE = 32
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of matrices, in the order of step.h
 
 
 class _Shape(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("bf16", "threads", "layers", "heads", "kv_heads", "head_size")),
+        *((name, c_int32) for name in ("matrices", "threads", "layers", "heads", "kv_heads", "head_size")),
         *((name, c_int32) for name in ("width", "vocab", "context")),
     ]
 
@@ -74,7 +74,7 @@ def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
     if sys.byteorder != "little" or ctypes.sizeof(c_void_p) != 8:
         return "the CPU kernel needs a 64-bit little-endian processor"
     if dtype not in DTYPES:
-        return f"the CPU kernel computes in bfloat16 or float32, not {dtype}"
+        return f"the CPU kernel computes in float32, bfloat16 or int8, not {dtype}"
     if shape.head_size % CHANNEL_MULTIPLE:
         return f"the CPU kernel needs a head size that is a multiple of {CHANNEL_MULTIPLE}, not {shape.head_size}"
     try:
@@ -93,6 +93,8 @@ class CpuStep:
 
     Args:
         dtype: of matrices, keys and values, torch.bfloat16 or torch.float32; residuals and norms are fp32 in either.
+            torch.int8: of matrices and of what enters them, with a factor per column and per token; keys, values and
+            embeddings are bf16.
         threads: that share the work, the caller among them; the others sleep between steps.
         context: positions a sequence may have; None: as many as in training.
         extra_flags: for the compiler; tests use them to get the code of other machines.
@@ -118,7 +120,8 @@ class CpuStep:
         self.vocab_size = config.vocab_size
         self.context = context or config.sequence_len
         self.groups = window_groups(config)
-        self._dtype = dtype
+        self._matrices = dtype
+        self._dtype = torch.bfloat16 if dtype == torch.int8 else dtype
         self._kv_width = config.kv_width
         self._library = cpu_build.load(SOURCES, extra_flags)
         self._library.cpu_step_new.restype = c_void_p
@@ -126,7 +129,7 @@ class CpuStep:
         self._blocks: tuple[int, ...] = (0,) * len(self.groups)
         self._kept: list[object] = []  # what the compiled code points to
         shape = _Shape(
-            dtype == torch.bfloat16, threads, config.n_layer, config.n_head, config.n_kv_head, config.head_size,
+            DTYPES.index(dtype), threads, config.n_layer, config.n_head, config.n_kv_head, config.head_size,
             config.n_embd, config.vocab_size, self.context,
         )  # fmt: skip
         with torch.no_grad():
@@ -251,22 +254,39 @@ class CpuStep:
         return tensor.data_ptr()
 
     def _pack(self, matrices: dict[str, torch.Tensor]) -> dict[str, int]:
-        """Addresses of weights (N, K) as panels [N / 16][K / word][16][word], word = 2 bf16 or 1 fp32; N is padded."""
-        word = 4 // self._dtype.itemsize
-        sizes = [round_up(len(weight), LANES) * weight.shape[1] * self._dtype.itemsize for weight in matrices.values()]
+        """Addresses of weights (N, K) as panels [N / 16][K / word][16][word], word = 1 fp32, 2 bf16 or 4 int8.
+
+        N is padded. Behind each panel of int8 stand the factors of its columns, 16 fp32.
+        """
+        stored = torch.uint8 if self._matrices == torch.int8 else self._matrices
+        word, scaled = 4 // stored.itemsize, self._matrices == torch.int8
+        sizes = [round_up(len(weight), LANES) * (weight.shape[1] // word + scaled) * 4 for weight in matrices.values()]
         memory = _memory(sum(sizes))
         self._kept.append(memory)
         addresses, offset = {}, 0
         for (name, weight), size in zip(matrices.items(), sizes, strict=True):
             rows, channels = weight.shape
-            padded = torch.zeros(round_up(rows, LANES), channels, dtype=self._dtype)
+            padded = torch.zeros(round_up(rows, LANES), channels, dtype=weight.dtype)
             padded[:rows] = weight
-            room = torch.frombuffer(memory, dtype=self._dtype, count=padded.numel(), offset=offset)
-            panels = room.view(-1, channels // word, LANES, word)
+            room = torch.frombuffer(memory, dtype=stored, count=size // stored.itemsize, offset=offset)
+            panels = room.view(-1, channels // word + scaled, LANES, word)
+            if scaled:
+                padded, factors = _eight_bits(padded)
+                panels[:, -1] = factors.view(torch.uint8).view(-1, LANES, word)
+                panels = panels[:, :-1]
             panels.copy_(padded.view(-1, LANES, channels // word, word).transpose(1, 2))
             addresses[name] = _address(memory) + offset
             offset += size
         return addresses
+
+
+def _eight_bits(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as factor · (q − 128): q (N, K) uint8 in 1 … 255, and factors (N, 1) fp32, NaN where one is not finite."""
+    weight_NK = weight_NK.float()
+    factor_N1 = weight_NK.abs().amax(dim=1, keepdim=True) / 127
+    factor_N1[~factor_N1.isfinite()] = torch.nan
+    quotient_NK = weight_NK / factor_N1.clamp(min=torch.finfo(torch.float32).tiny)
+    return (quotient_NK.round() + 128).to(torch.uint8), factor_N1
 
 
 def _number(scalars: torch.Tensor | None, neutral: float, index: int = 0) -> float:

@@ -16,7 +16,7 @@ from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch
 from tests import reference_model
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 # Short windows of 128 positions, so texts of up to 300 leave blocks behind. Odd vocabularies, grouped heads, all sizes
 # of heads that take different paths, and every other layer with value embeddings.
 MIXED = GPTConfig(sequence_len=512, vocab_size=90, n_layer=3, n_head=4, n_kv_head=2, n_embd=128, window_pattern="SSL")
@@ -160,20 +160,47 @@ def test_bf16_is_as_near_to_fp32_as_torch_in_bf16(config):
     assert error < 0.03 * np.abs(exact).mean()
 
 
+@pytest.mark.parametrize("config", SHAPES)
+def test_int8_is_near_fp32_and_near_bf16_with_the_same_rounded_weights(config):
+    model, ids = lively_model(config), random_ids(230)
+    exact = expected_logits(model, ids)
+    logits = read_alone(CpuStep(model, INT8, threads=2), ids, [200, *[1] * 30])
+    assert np.abs(logits - exact).mean() < 0.05 * np.abs(exact).mean()
+    for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        if linear not in [block.attn.ve_gate for block in model.blocks]:
+            factors = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+            linear.weight.copy_((linear.weight / factors).round() * factors)
+    rounded = expected_logits(model, ids)
+    assert np.abs(logits - rounded).mean() < 0.8 * np.abs(logits - exact).mean()
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["transformer.wte.weight", "lm_head.weight", "transformer.h.1.mlp.c_fc.weight"])
+def test_a_damaged_model_shows_in_int8_too(damage, place):
+    model = lively_model(MIXED)
+    model.get_parameter(place)[:] = damage
+    assert not np.isfinite(read_alone(CpuStep(model, INT8, 1), random_ids(5))).any()
+
+
 @pytest.mark.parametrize("flags", OTHER_MACHINES)
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16, INT8])
 def test_code_for_other_machines_computes_the_same(flags, dtype):
     model, ids = lively_model(MIXED), random_ids(160)
     exact = expected_logits(model, ids)
     step = CpuStep(model, dtype, 2, extra_flags=flags)
     whole = read_alone(step, ids)
     error = np.abs(whole - exact)
-    assert error.max() < 1e-4 if dtype == FP32 else error.mean() < 0.03 * np.abs(exact).mean()
+    assert error.max() < 1e-4 if dtype == FP32 else error.mean() < 0.05 * np.abs(exact).mean()
     assert_same_bits(read_alone(step, ids, [50, 1, 2, 3, 97, 7]), whole)
+    if dtype == INT8:  # the sums of matrices are equal; attention's scores are bf16, and rarely tip a rounding
+        here = read_alone(CpuStep(model, INT8, 2), ids)
+        assert np.abs(whole - here).mean() < 0.01 * error.mean()
 
 
 MIXED_MODEL = lively_model(MIXED)
-STEPS = {(dtype, threads): CpuStep(MIXED_MODEL, dtype, threads) for dtype in (FP32, BF16) for threads in (1, 2, 5)}
+STEPS = {
+    (dtype, threads): CpuStep(MIXED_MODEL, dtype, threads) for dtype in (FP32, BF16, INT8) for threads in (1, 2, 5)
+}
 ALONE: dict[tuple[torch.dtype, int], np.ndarray] = {}
 
 
@@ -185,7 +212,7 @@ def alone(dtype: torch.dtype, seed: int) -> np.ndarray:
 
 
 @given(
-    dtype=st.sampled_from([FP32, BF16]),
+    dtype=st.sampled_from([FP32, BF16, INT8]),
     threads=st.sampled_from([1, 2, 5]),
     seeds=st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True),
     longest=st.sampled_from([1, 2, 9, 40, 256]),
@@ -218,7 +245,7 @@ def test_every_bit_is_the_same_in_any_company_cut_order_place_and_number_of_thre
         assert_same_bits(joined[wanted], alone(dtype, seed)[: text.read][wanted])
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16, INT8])
 def test_a_long_chunk_decode_and_many_short_sequences_meet_the_same_bits(dtype):
     """Row counts that take every kind of tile: 1 … 40 sequences at once beside a prompt that is read whole."""
     step, ids = STEPS[dtype, 2], random_ids(300, 0)

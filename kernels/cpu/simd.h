@@ -163,10 +163,12 @@ INLINE Lanes exp(Lanes x) {
 }
 
 // How a dtype is stored and multiplied. A *word* is 32 bits of consecutive channels: one fp32 number or two of bf16.
-// `dot` adds to each of 16 columns the product of the same word of a row with that column's word of the weights.
+// `dot` adds to each of 16 columns the product of the same word of a row with that column's word of the weights. Where
+// a type is SCALED, numbers are integers times a factor of their row or column.
 
 struct Fp32 {
     typedef float Element;
+    static constexpr bool SCALED = false;
 
     static INLINE Lanes read(const Element* from) { return load<Lanes>(from); }
     static INLINE void write(Element* to, Lanes x) { store(to, x); }
@@ -180,6 +182,7 @@ struct Fp32 {
 
 struct Bf16 {
     typedef uint16_t Element;
+    static constexpr bool SCALED = false;
 
     static INLINE Lanes read(const Element* from) {
         Lanes x;

@@ -88,7 +88,9 @@ void rows_by_panels(const uint32_t* rows, size_t stride, int row_count, const ui
     }
 }
 
-// A linear layer cut into pieces for threads. Weights: [columns / 16][words][16] words.
+// A linear layer cut into pieces for threads. Weights: [columns / 16][words][16] words; where the type is SCALED, the
+// factors of its columns stand behind each panel.
+template <class M>
 struct Linear {
     const uint32_t* weights;
     int panels, words;
@@ -113,25 +115,30 @@ struct Linear {
     }
 
     // Calls finish(row, panel, sums) for each row and panel of a piece.
-    template <class T, class Finish>
-    void run(const Cut& c, int piece, const void* input, size_t stride, Finish finish) const {
+    template <class Finish>
+    void run(const Cut& c, int piece, const uint32_t* input, size_t stride, Finish finish) const {
         const int first_row = piece % c.row_pieces * c.rows_per_piece;
         const int last_row = std::min(c.rows, first_row + c.rows_per_piece);
         const int first = piece / c.row_pieces * c.panels_per_piece;
         const int count = std::min(c.panels_per_piece, panels - first);
         const uint32_t *panel[MOST_PANELS], *soon[MOST_PANELS];
         for (int p = 0; p < count; p++) {
-            panel[p] = weights + (size_t)(first + p) * words * LANES;
+            panel[p] = weights + (size_t)(first + p) * (words + M::SCALED) * LANES;
             soon[p] = panel[p] + AHEAD;
         }
         alignas(64) float out[MOST_ROWS * MOST_PANELS * LANES];
         for (int row = first_row; row < last_row; row += c.block_rows) {
             const int block = std::min(c.block_rows, last_row - row);
-            rows_by_panels<T>((const uint32_t*)input + row * stride, stride, block, panel, soon, count, words, out,
-                              count * LANES);
+            const uint32_t* const rows = input + row * stride;
+            rows_by_panels<M>(rows, stride, block, panel, soon, count, words, out, count * LANES);
             for (int r = 0; r < block; r++)
-                for (int p = 0; p < count; p++)
-                    finish(row + r, first + p, simd::load<Lanes>(out + (r * count + p) * LANES));
+                for (int p = 0; p < count; p++) {
+                    Lanes sums = simd::load<Lanes>(out + (r * count + p) * LANES);
+                    if constexpr (M::SCALED)
+                        sums = M::scaled(sums, M::row(rows + r * stride + words),
+                                         simd::load<Lanes>(panel[p] + (size_t)words * LANES));
+                    finish(row + r, first + p, sums);
+                }
         }
     }
 };

@@ -1,17 +1,16 @@
 // The whole forward pass as phases for a crew of threads. The network itself is described in nanochat_ray/model/gpt.py.
 //
-// The residual stream, norms, rotary positions and softmax are fp32; what enters a matrix, keys, values and queries are
-// rounded to the dtype of the weights.
+// The residual stream, norms, rotary positions and softmax are fp32; what enters a matrix is rounded to the dtype of its
+// weights; keys, values and queries to bf16, or fp32 if that is the weights' dtype.
 
 #include "step.h"
 
-#include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "attention.h"
 #include "crew.h"
 #include "matmul.h"
+#include "rows.h"
 
 namespace {
 
@@ -22,31 +21,6 @@ constexpr int SMEAR_CHANNELS = 24, GATE_CHANNELS = 12;
 constexpr float EPSILON = 1.1920929e-7f, GATE_RANGE = 3.0f, SOFTCAP = 15.0f;
 constexpr int TILE_TOKENS = 16;       // of one sequence, in a piece of attention
 constexpr int TOKENS_PER_PIECE = 8;   // in phases that work token by token, if there are many
-constexpr int ROW_PADDING = 16;       // words; rows a power of two apart would share few sets of the cache
-
-// Memory aligned to cache lines, which grows and forgets.
-template <class E>
-class Buffer {
-  public:
-    E* at(size_t index = 0) const { return data_.get() + index; }
-
-    void reserve(size_t count) {
-        if (count <= count_) return;
-        data_.reset();
-        count_ = 0;
-        void* data = std::aligned_alloc(64, (count * sizeof(E) + 63) / 64 * 64);
-        if (!data) throw std::bad_alloc();
-        data_.reset((E*)data);
-        count_ = count;
-    }
-
-  private:
-    struct Free {
-        void operator()(E* data) const { std::free(data); }
-    };
-    std::unique_ptr<E, Free> data_;
-    size_t count_ = 0;
-};
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
@@ -78,9 +52,11 @@ struct Step : Job {
     virtual void forward(const Batch& batch) = 0;
 };
 
-template <class T>
+// M: how matrices are stored; T: keys, values, queries and embeddings.
+template <class M, class T = M>
 class StepOf final : public Step {
     typedef typename T::Element Element;
+    typedef matmul::Linear<M> Linear;
 
   public:
     StepOf(const Shape& shape, const Weights& weights)
@@ -90,6 +66,8 @@ class StepOf final : public Step {
           group_heads_(shape.heads / shape.kv_heads),
           kv_width_(shape.kv_heads * shape.head_size),
           qkv_width_(shape.width + 2 * kv_width_),
+          input_(shape.width),
+          hidden_(4 * shape.width),
           crew_(shape.threads) {
         score_stride_ = (shape.context + 2 * LANES) / LANES * LANES;
         scores_.reserve((size_t)shape.threads * attention::ROWS * score_stride_);
@@ -105,8 +83,8 @@ class StepOf final : public Step {
         qkv_.reserve(tokens * qkv_width_);
         queries_.reserve(tokens * width);
         gates_.reserve(tokens * s_.kv_heads);
-        input_.reserve(tokens * stride(s_.width) * WORD);
-        hidden_.reserve(tokens * stride(4 * s_.width) * WORD);
+        input_.reserve(tokens);
+        hidden_.reserve(tokens);
         cut_into_tiles();
         crew_.run(*this);
     }
@@ -122,6 +100,8 @@ class StepOf final : public Step {
             case ROTATE: return token_pieces(b_.tokens);
             case QKV: return qkv(0).cut(b_.tokens).pieces;
             case ATTEND: return (int)tiles(at.layer).size() * s_.kv_heads;
+            case CLOSE_ATTENDED:
+            case CLOSE_HIDDEN: return M::SCALED ? token_pieces(rows) : 0;
             case OUT: return out(0).cut(rows).pieces;
             case UP: return up(0).cut(rows).pieces;
             case DOWN: return down(0).cut(rows).pieces;
@@ -141,6 +121,8 @@ class StepOf final : public Step {
             case ROTATE: return each_token(b_.tokens, piece, [&](int t) { rotate(layer, t); });
             case NORM: return each_token(rows, piece, [&](int row) { normalise(x(token(layer, row)), row); });
             case LAST_NORM: return each_token(rows, piece, [&](int row) { last_norm(token(layer, row), row); });
+            case CLOSE_ATTENDED: return each_token(rows, piece, [&](int row) { input_.close(row); });
+            case CLOSE_HIDDEN: return each_token(rows, piece, [&](int row) { hidden_.close(row); });
             case ATTEND: return attend(layer, piece, thread);
             case QKV:
                 return multiply(qkv(layer), b_.tokens, piece, input_, [&](int t, int panel, Lanes sums) {
@@ -153,7 +135,7 @@ class StepOf final : public Step {
             case UP:
                 return multiply(up(layer), rows, piece, input_, [&](int row, int panel, Lanes sums) {
                     const Lanes positive = simd::maximum(sums, simd::zero());
-                    T::write(input_row(hidden_, 4 * s_.width, row) + panel * LANES, positive * positive);
+                    hidden_.write(row, panel * LANES, positive * positive);
                 });
             case DOWN:
                 return multiply(down(layer), rows, piece, hidden_, [&](int row, int panel, Lanes sums) {
@@ -170,7 +152,7 @@ class StepOf final : public Step {
     }
 
   private:
-    enum Kind { EMBED, MIX, QKV, ROTATE, ATTEND, OUT, NORM, UP, DOWN, LAST_NORM, HEAD };
+    enum Kind { EMBED, MIX, QKV, ROTATE, ATTEND, CLOSE_ATTENDED, OUT, NORM, UP, CLOSE_HIDDEN, DOWN, LAST_NORM, HEAD };
     static constexpr int EMBED_PHASES = 1, LAYER_PHASES = DOWN - MIX + 1, FINAL_PHASES = 2;
     static constexpr int WORD = 4 / sizeof(Element);  // elements in a word
 
@@ -224,26 +206,19 @@ class StepOf final : public Step {
         for (int token = piece * per_piece(tokens); token < stop; token++) work(token);
     }
 
-    matmul::Linear qkv(int layer) const { return linear(layers_[layer].qkv, s_.width, qkv_width_); }
-    matmul::Linear out(int layer) const { return linear(layers_[layer].out, s_.width, s_.width); }
-    matmul::Linear up(int layer) const { return linear(layers_[layer].up, s_.width, 4 * s_.width); }
-    matmul::Linear down(int layer) const { return linear(layers_[layer].down, 4 * s_.width, s_.width); }
-    matmul::Linear head() const { return linear(w_.head, s_.width, s_.vocab); }
+    Linear qkv(int layer) const { return linear(layers_[layer].qkv, s_.width, qkv_width_); }
+    Linear out(int layer) const { return linear(layers_[layer].out, s_.width, s_.width); }
+    Linear up(int layer) const { return linear(layers_[layer].up, s_.width, 4 * s_.width); }
+    Linear down(int layer) const { return linear(layers_[layer].down, 4 * s_.width, s_.width); }
+    Linear head() const { return linear(w_.head, s_.width, s_.vocab); }
 
-    static matmul::Linear linear(const uint32_t* weights, int inputs, int outputs) {
-        return {weights, (outputs + LANES - 1) / LANES, inputs / WORD};
+    static Linear linear(const uint32_t* weights, int inputs, int outputs) {
+        return {weights, (outputs + LANES - 1) / LANES, inputs / Rows<M>::WORD};
     }
 
     template <class Finish>
-    static void multiply(const matmul::Linear& linear, int rows, int piece, const Buffer<Element>& input,
-                         Finish finish) {
-        linear.run<T>(linear.cut(rows), piece, input.at(), stride(linear.words * WORD), finish);
-    }
-
-    static size_t stride(int width) { return width / WORD + ROW_PADDING; }  // words from one input row to the next
-
-    static Element* input_row(const Buffer<Element>& buffer, int width, int index) {
-        return buffer.at(index * stride(width) * WORD);
+    static void multiply(const Linear& linear, int rows, int piece, const Rows<M>& input, Finish finish) {
+        linear.run(linear.cut(rows), piece, input.words(), input.stride(), finish);
     }
 
     float* x(int token) const { return x_.at((size_t)token * s_.width); }
@@ -307,9 +282,9 @@ class StepOf final : public Step {
     // The normed row, rounded, becomes a row of the next matrix's input; returns 1 / RMS.
     float normalise(const float* from, int to) {
         const float scale = inverse_rms(from, s_.width);
-        Element* const input = input_row(input_, s_.width, to);
         for (int i = 0; i < s_.width; i += LANES)
-            T::write(input + i, simd::load<Lanes>(from + i) * simd::broadcast(scale));
+            input_.write(to, i, simd::load<Lanes>(from + i) * simd::broadcast(scale));
+        input_.close(to);
         return scale;
     }
 
@@ -387,8 +362,9 @@ class StepOf final : public Step {
                                  score_stride_, sums);
             for (int q = 0; q < count; q++) {
                 const int head = kv_head * group_heads_ + (first + q) % group_heads_;
-                Element* const to = input_row(input_, s_.width, tile.row + (first + q) / group_heads_) + head * size;
-                for (int i = 0; i < size; i += LANES) T::write(to + i, simd::load<Lanes>(sums + q * size + i));
+                const int row = tile.row + (first + q) / group_heads_;
+                for (int i = 0; i < size; i += LANES)
+                    input_.write(row, head * size + i, simd::load<Lanes>(sums + q * size + i));
             }
         }
     }
@@ -415,7 +391,8 @@ class StepOf final : public Step {
     Batch b_{};
     std::vector<Tile> tiles_, wanted_tiles_;
     Buffer<float> x_, x0_, middle_, qkv_, gates_, scores_, sums_;
-    Buffer<Element> input_, hidden_, queries_;
+    Buffer<Element> queries_;
+    Rows<M> input_, hidden_;
     size_t score_stride_;
     Crew crew_;  // last: its threads end before what they work on
 };
@@ -423,8 +400,12 @@ class StepOf final : public Step {
 }  // namespace
 
 void* cpu_step_new(const Shape* shape, const Weights* weights) {
-    if (shape->bf16) return new StepOf<simd::Bf16>(*shape, *weights);
-    return new StepOf<simd::Fp32>(*shape, *weights);
+    switch (shape->matrices) {
+        case FP32: return new StepOf<simd::Fp32>(*shape, *weights);
+        case BF16: return new StepOf<simd::Bf16>(*shape, *weights);
+        case INT8: return new StepOf<simd::Int8, simd::Bf16>(*shape, *weights);
+    }
+    return nullptr;
 }
 
 int cpu_step_forward(void* step, const Batch* batch) {

@@ -5,11 +5,15 @@
 
 extern "C" {
 
+enum Dtype { FP32, BF16, INT8 };
+
 struct Shape {
-    int32_t bf16, threads, layers, heads, kv_heads, head_size, width, vocab, context;
+    int32_t matrices;  // a Dtype
+    int32_t threads, layers, heads, kv_heads, head_size, width, vocab, context;
 };
 
-// Matrices are packed: [columns / 16][words][16] words of two bf16 or one fp32. Embeddings are plain rows of the dtype.
+// Matrices are packed: [columns / 16][words][16] words of one fp32, two bf16 or four int8 (q + 128; 16 fp32 factors
+// stand behind each [words][16]). Embeddings are plain rows of fp32 if the matrices are, else of bf16.
 struct LayerWeights {
     const uint32_t *qkv, *out, *up, *down;
     const void* value_embedding;  // null: none
