@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ("errors",),
     ("cli", "storage"),
-    ("plan", "device", "precedence", "cluster"),
+    ("plan", "device", "machine", "precedence", "cluster"),
     ("data",),
     ("tokenizer", "chat", "reference_encodings", "tokenizer_samples"),
     ("tasks",),

@@ -1,4 +1,4 @@
-"""The machine and versions a report was written with: only what is named here, no host name, path or environment."""
+"""The machine and versions that figures came from: only what is named here, no host name, path or environment."""
 
 import platform
 import shutil
@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     commit = _output(["git", "-C", root, "rev-parse", "--short=12", "HEAD"])
     changed = _output(["git", "-C", root, "status", "--porcelain", "--untracked-files=no"])
     return f"{commit}, with uncommitted changes" if commit and changed else commit
