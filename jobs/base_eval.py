@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    shared = ["run", "storage", "corpus", "shards", "dtype", "eval-tokens", "bundle", "max-per-task"]
+    shared = ["run", "storage", "corpus", "shards", "used-dtype", "eval-tokens", "bundle", "max-per-task"]
     parser = cli.build_parser("jobs.base_eval", __doc__, [*shared, "eval-workers", "address", "compare", "watch"])
     parser.add_argument("--hf", default=None, metavar="PATH", help="folder of a Hugging Face model, instead of a run")
     parser.add_argument("--trust-code", action="store_true", help="let Python code that comes with --hf's model run")

@@ -21,7 +21,7 @@ HELD_OUT_PER_TASK, SAMPLES_PER_TASK = 50, 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    shared = ["run", "storage", "sft", "dtype", "max-per-task", "eval-workers", "address", "compare", "watch"]
+    shared = ["run", "storage", "sft", "used-dtype", "max-per-task", "eval-workers", "address", "compare", "watch"]
     parser = cli.build_parser("jobs.chat_eval", __doc__, shared)
     parser.add_argument(
         "--tasks",

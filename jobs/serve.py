@@ -18,13 +18,12 @@ from nanochat_ray.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.serve", __doc__, ["run", "storage", "port", "address"])
+    parser = cli.build_parser("jobs.serve", __doc__, ["run", "storage", "port", "address", "used-dtype"])
     parser.add_argument("--stage", choices=("sft", "base"), default="sft", help="which of the run's models to serve")
     parser.add_argument("--replicas", default="1", help="copies of the model: N, or MIN:MAX to follow the load")
     parser.add_argument("--max-running", type=int, default=None, help="replies that a replica writes at the same time")
     devices = ("cuda", "mps", "cpu")
     parser.add_argument("--device", choices=devices, default=None, help="default: the best that there is")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="default: what suits the device")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; others than loopback need --api-keys"
     )

@@ -18,8 +18,8 @@ from nanochat_ray.errors import UsageError, UserError
 DEFAULT_STORAGE = "out"
 
 TRAINING_FLAGS = (
-    "run", "storage", "workers", "steps", "seed", "address", "dtype", "compile", "eval-every", "eval-tokens",
-    "sample-tokens", "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
+    "run", "storage", "workers", "steps", "seed", "address", "dtype", "kernels", "compile", "eval-every",
+    "eval-tokens", "sample-tokens", "checkpoint-every", "keep-checkpoints", "fresh", "plan-only",
 )  # fmt: skip
 
 
@@ -56,6 +56,12 @@ def _seed(text: str) -> int:
     return value
 
 
+def _trained_dtype(text: str) -> str:
+    if text == "int8":
+        raise argparse.ArgumentTypeError("int8 is for models that are used; train with bf16 or fp32")
+    return text
+
+
 _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "run": dict(default="demo", help="name of the run; re-running the same name continues it"),
     "storage": dict(default=DEFAULT_STORAGE, help="local path or pyarrow URI (s3://, gs://) that holds all artifacts"),
@@ -88,7 +94,19 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "port": dict(type=int, default=8000, help="port of the chat page on 127.0.0.1"),
     "fresh": dict(action="store_true", help="discard what this stage of the run has done and start anew"),
     "dtype": dict(
-        default=None, choices=["fp32", "bf16"], help="activations (default: what the hardware multiplies best)"
+        type=_trained_dtype,
+        default=None,
+        choices=["fp32", "bf16"],
+        help="activations (default: what the hardware multiplies best)",
+    ),
+    "used-dtype": dict(
+        name="--dtype",
+        default=None,
+        choices=["fp32", "bf16", "int8"],
+        help="activations (default: what the hardware multiplies best); int8: matrices of eight bits, on CPUs",
+    ),
+    "kernels": dict(
+        default="auto", choices=["auto", "on", "off"], help="our own kernels; auto: where they are known to be faster"
     ),
     "compile": dict(
         default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: when it pays within the run"
@@ -118,7 +136,8 @@ def build_parser(module: str, description: str | None, shared_flags: Sequence[st
         formatter_class=_HelpFormatter,
     )
     for flag in shared_flags:
-        parser.add_argument(f"--{flag}", **_SHARED_FLAGS[flag])
+        options = dict(_SHARED_FLAGS[flag])
+        parser.add_argument(options.pop("name", f"--{flag}"), **options)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_ray.model.compilation import compile_obstacle
+from nanochat_ray.model.execution import compile_obstacle
 from nanochat_ray.plan import make_plan
 from nanochat_ray.storage import Folder
 from nanochat_ray.train.compile_cache import ARCHIVE, COMPILE_CACHE, MANIFEST, CompileCache, key_of

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_ray.errors import UserError
-from nanochat_ray.model import compilation
-from nanochat_ray.model.compilation import compile_for_training
+from nanochat_ray.errors import UsageError, UserError
+from nanochat_ray.model import execution
+from nanochat_ray.model.execution import prepare_for_training
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from tests import reference_model
 
@@ -191,21 +191,23 @@ def test_a_frozen_model_computes_the_same_from_smaller_weights():
     torch.testing.assert_close(model(ids), before)
 
 
-def test_where_compiling_cannot_work_training_runs_eagerly_and_says_why(monkeypatch):
+def test_where_nothing_faster_works_training_runs_eagerly_and_says_why(monkeypatch):
     model = lively_model(TINY)
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
-    losses, mode = compile_for_training(model, wanted=True)
+    assert prepare_for_training(model, "off", "off") == (model, "eager: compiling is switched off")
+    assert prepare_for_training(model, "off")[1].startswith("eager: our kernels are switched off, and compiling pays")
+    monkeypatch.setattr(execution.shutil, "which", lambda name: None)
+    losses, mode = prepare_for_training(model, "off", "on")
     assert losses is model
     assert mode == "eager: torch.compile needs a C++ compiler and found neither g++ nor clang++"
-    assert compile_for_training(model, wanted=False)[1] == "eager: compiling is switched off"
-    assert compile_for_training(model)[1].startswith("eager: on the CPU")
+    with pytest.raises(UsageError, match="--kernels on and --compile on exclude each other"):
+        prepare_for_training(model, "on", "on")
 
 
 @pytest.mark.slow
 def test_the_compiled_forward_gives_the_same_loss_and_gradients():
     config = GPTConfig(16, 90, 2, 4, 2, 32, "L")
     model, ids, targets = lively_model(config), random_ids(2, 16), random_ids(2, 16, seed=1)
-    losses, mode = compile_for_training(model, wanted=True)
+    losses, mode = prepare_for_training(model, "off", "on")
     assert mode == "compiled"
     results = []
     for function in (model, losses):

@@ -36,8 +36,9 @@ def _train(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.train_bench import measure_training, training_lines
 
     plan, corpus, tokenizer = _text(args)
-    compiled = args.compile == "on" or (args.compile == "auto" and not args.quick)  # auto: as a long run would be
-    figures = {"corpus": corpus.name, **measure_training(plan, tokenizer, corpus, args.dtype, compiled)}
+    long_run = "off" if args.quick else "on"  # how torch alone would train for hours, whose compilation pays
+    compile = long_run if args.compile == "auto" and args.kernels == "off" else args.compile
+    figures = {"corpus": corpus.name, **measure_training(plan, tokenizer, corpus, args.dtype, args.kernels, compile)}
     return f"train: {plan.in_words}", figures, training_lines
 
 

@@ -16,7 +16,7 @@ from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.cluster import connect
 from nanochat_ray.data.corpus import Corpus, Unit
 from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
-from nanochat_ray.model.compilation import compile_for_training
+from nanochat_ray.model.execution import prepare_for_training
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import Plan
 from nanochat_ray.storage import Folder
@@ -53,7 +53,7 @@ class BareRun:
 
 
 def measure_training(
-    plan: Plan, tokenizer: Tokenizer, corpus: Corpus, dtype: str | None, compiled: bool
+    plan: Plan, tokenizer: Tokenizer, corpus: Corpus, dtype: str | None, kernels: str, compile: str
 ) -> dict[str, Any]:
     """Bare loop, the same through Ray, bare loop again, so that a machine that changes its speed is noticed.
 
@@ -62,7 +62,7 @@ def measure_training(
     Args:
         plan: its first WARMUP_STEPS steps are not counted.
         dtype: by name; None takes what the hardware multiplies best.
-        compiled: with torch.compile, as long runs are, whose few minutes of compilation pay.
+        kernels, compile: "auto", "on" or "off".
     """
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     with ExitStack() as block:
@@ -80,14 +80,15 @@ def measure_training(
             cadence=Cadence(eval_every_steps=NEVER, checkpoint_every_s=NEVER),
             keep_checkpoints=1,
             dtype=dtype,
-            compile="on" if compiled else "off",
+            kernels=kernels,
+            compile=compile,
             fence=lease.fence,
         )
-        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compiled)]
+        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, kernels, compile)]
         with connect(None, workers=1) as cluster:
             run_training(job, cluster, (1, 1))
         steps = [event for event in read_events(job.stage) if event["kind"] == "step"][WARMUP_STEPS:]
-        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, compiled))
+        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, kernels, compile))
     bare_peak = max(watch.peaks[run.process][1] for run in bare)
     return _figures(plan, bare, steps) | {
         "memory": _memory(plan, bare[0].dtype) | {"worker_peak": watch.peak_of(WORKER_NAME), "bare_peak": bare_peak},
@@ -101,7 +102,8 @@ def bare_loop(
     units: Sequence[Unit],
     identity: StreamIdentity,
     dtype_name: str | None,
-    compiled: bool,
+    kernels: str,
+    compile: str,
 ) -> BareRun:
     """The plan's steps in this process, without Ray.
 
@@ -114,7 +116,7 @@ def bare_loop(
     model = build_model(plan)
     model.to(device).set_dtype(dtype)
     optimizer = build_optimizer(model, plan.rates, dtype)
-    losses, mode = compile_for_training(model, compiled)
+    losses, mode = prepare_for_training(model, kernels, compile, plan.flops)
 
     def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return losses(inputs_BT, targets_BT, reduction="sum")

@@ -4,7 +4,8 @@
     attention.py    rotary positions and windowed causal attention, chosen by device
     cache.py        keys and values of what the network has read
     loss.py         unembedding, softcap and cross-entropy in chunks
-    compilation.py  the training forward through torch.compile, where that is possible
+    operations.py   the seam that kernels fill: norm, attention, loss …
+    execution.py    how training runs: our kernels, torch.compile or eager
     updates.py      AdamW and Muon as pure functions
     sharding.py     which worker owns which part of the optimizer's work
     optim.py        the optimizer over any number of workers

@@ -41,6 +41,7 @@ class TrainingJob:
     cadence: Cadence
     keep_checkpoints: int
     dtype: str | None  # None: what the hardware multiplies best
+    kernels: str  # auto | on | off
     compile: str  # auto | on | off
     fence: Fence  # of the lease under which this is written
     sample_tokens: int = 0  # of each continuation of a fixed prompt at evaluations; 0: none
@@ -60,6 +61,7 @@ class TrainingJob:
             cadence=Cadence(args.eval_every or -(-plan.steps // EVALS_PER_RUN), args.checkpoint_every),
             keep_checkpoints=args.keep_checkpoints,
             dtype=args.dtype,
+            kernels=args.kernels,
             compile=args.compile,
             sample_tokens=args.sample_tokens,
             **given,

@@ -24,7 +24,7 @@ from nanochat_ray.cli import warn
 from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.bpb import evaluate_bpb
-from nanochat_ray.model.compilation import COMPILED, compile_for_training
+from nanochat_ray.model.execution import COMPILED, prepare_for_training
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import lr_multiplier
 from nanochat_ray.storage import is_full, retrying, storage_failed
@@ -130,8 +130,8 @@ class _Worker:
         self._take_over(loaded)
         del loaded  # its memory, before training needs it
         self.peak_flops: float | None = None
-        wanted = {"auto": None, "on": True, "off": False}[job.compile]
-        self.losses, self.mode = compile_for_training(self.model, wanted, job.plan.flops)  # of all steps: also resumed
+        flops = job.plan.flops  # of all steps, also of a resumed run: it must not change how it computes
+        self.losses, self.mode = prepare_for_training(self.model, job.kernels, job.compile, flops)
         self.validation: list[MicroBatch] | None = None
         self.fence: Fence | None = None  # of this group
         self.events: EventLog | None = None
