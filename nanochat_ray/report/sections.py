@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from nanochat_ray.machine import describe_machine
 from nanochat_ray.plan import duration
 from nanochat_ray.report.document import Block, Sample, Samples, Section, Table, Text, printable
-from nanochat_ray.machine import describe_machine
 from nanochat_ray.report.training import Training
 
 Json = dict[str, Any]
