@@ -11,6 +11,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-
 # Ray starts dozens of processes; without bytecode each compiles torch and Ray anew, which takes 9 seconds of a core.
 unexport PYTHONDONTWRITEBYTECODE
 WARM   := $(BIN)/python -c "import ray.train.torch, ray.data, ray.serve, torch, fastapi, matplotlib.figure, pandas"
+BUILD  := $(BIN)/python -m kernels.cpu_build
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint clean
@@ -26,12 +27,14 @@ $(BIN)/python:
 	@echo "installing nanochat_ray and its dependencies into .venv (a few minutes the first time)"
 	$(PIP) --editable .
 	@$(WARM)
+	@$(BUILD)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing nanochat_ray, its dependencies and the tools of development into .venv"
 	$(PIP) --editable '.[dev]'
 	@$(WARM)
+	@$(BUILD)
 	@touch .venv/installed $@
 
 install: .venv/installed-dev

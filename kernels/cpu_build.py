@@ -3,6 +3,8 @@
 A kernel is a folder of C++ beside this file: everything in it named *.cpp becomes one library, which may include the
 headers of cpu/. It is kept in $XDG_CACHE_HOME/nanochat_ray/kernels (default ~/.cache) under a name that says what it
 was made of: sources, flags, compiler and processor. A second process, or the next run, loads it in milliseconds.
+
+python -m kernels.cpu_build        # all of them now, so that nothing has to wait for them later
 """
 
 import ctypes
@@ -13,8 +15,11 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanochat_ray.errors import UserError
@@ -110,3 +115,25 @@ def _processor() -> bytes:
         return f"{platform.machine()} {platform.processor()}".encode()
     names = (b"flags", b"Features", b"model name", b"CPU part", b"isa")
     return b"\n".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def kernels() -> list[str]:
+    """Names of all there are."""
+    return sorted(folder.name for folder in SOURCES.iterdir() if folder.is_dir() and any(folder.glob("*.cpp")))
+
+
+def main() -> int:
+    """Compile whatever is not kept yet; without a compiler, say what that costs and that all else works."""
+    began = time.monotonic()
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(load, kernels()))
+    except UserError as error:
+        print(f"the CPU's kernels are not compiled: {error}. Everything works without them, slower", file=sys.stderr)
+        return 0
+    print(f"the CPU's kernels are compiled: {', '.join(kernels())} ({time.monotonic() - began:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

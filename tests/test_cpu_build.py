@@ -97,3 +97,17 @@ def test_a_damaged_library_says_what_to_delete(small_source, monkeypatch):
 def test_importing_it_costs_no_torch():
     code = "import sys, kernels.cpu_build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_all_are_compiled_at_once_before_anything_waits_for_them(small_source, capsys, monkeypatch):
+    other = small_source.parents[1] / "cpu_other"
+    other.mkdir()
+    (other / "other.cpp").write_text(SMALL)
+    (small_source.parents[1] / "cpu").mkdir()  # headers only: no kernel
+    assert cpu_build.main() == 0
+    assert [path.name.partition("-")[0] for path in kept()] == ["cpu_other", "cpu_step"]
+    assert "are compiled: cpu_other, cpu_step" in capsys.readouterr().out
+    cpu_build.load.cache_clear()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert cpu_build.main() == 0
+    assert "not compiled: no C++ compiler: $CXX is /nowhere/c++" in capsys.readouterr().err
