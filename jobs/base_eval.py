@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("--hf, --watch and --compare are about CORE, which --bundle none leaves out")
     if args.hf and args.watch:
         raise UsageError("--hf measures the one model of a folder: there are no checkpoints to --watch")
+    if args.hf and args.dtype == "int8":
+        raise UsageError("--dtype int8 is for models of ours; --hf takes bf16 or fp32")
     if args.trust_code and not args.hf:
         raise UsageError("--trust-code is about the model of --hf")
     if args.hf:
@@ -64,11 +66,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def bits_and_samples(args: argparse.Namespace, step: int) -> dict[str, Any]:
     from nanochat_ray.data.corpus import open_corpus
-    from nanochat_ray.device import pick_device, pick_dtype
+    from nanochat_ray.device import pick_device, pick_used_dtype
     from nanochat_ray.eval.text import EVAL_TOKENS, text_figures
 
     device, _ = pick_device()
-    dtype, _ = pick_dtype(device, args.dtype)
+    dtype, _ = pick_used_dtype(device, args.dtype)
     corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
     run = run_folder(args.storage, args.run)
     figures = text_figures(run, step, corpus, device, dtype, args.eval_tokens or EVAL_TOKENS)

@@ -2,6 +2,8 @@
 
 python -m jobs.bench train --corpus fineweb-edu --json
 python -m jobs.bench kernels --json                                       # each of our kernels beside torch's
+python -m jobs.bench decode --dtype int8                                  # writing replies, beside plain torch
+python -m jobs.bench decode --run demo                                    # what bf16 and int8 cost a trained model
 python -m jobs.bench recovery                                             # machines that go and come, simulated here
 python -m jobs.bench spot --trace trace.json --speedup 10 --minutes 10    # a real spot trace on simulated machines
 python -m jobs.bench serve --streams 1,4,16,32                            # the chat server over HTTP
@@ -19,7 +21,7 @@ SIZES = {
     "sequence-len": "tokens of a row", "vocab-size": "token ids", "micro-batch-rows": "rows of a micro-batch",
     "steps": "training steps per run", "megabytes": "text to load",
 }  # fmt: skip
-SHARED = ("corpus", "shards", "storage", "dtype", "kernels", "compile", "depth", "bundle", "max-per-task")
+SHARED = ("corpus", "shards", "storage", "used-dtype", "kernels", "compile", "depth", "bundle", "max-per-task")
 
 
 def build_parser() -> argparse.ArgumentParser:

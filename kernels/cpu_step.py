@@ -281,7 +281,7 @@ class CpuStep:
 
 
 def _eight_bits(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights as factor · (q − 128): q (N, K) uint8 in 1 … 255, and factors (N, 1) fp32, NaN where one is not finite."""
+    """Weights as factor · (q − 128): q (N, K) uint8 in 1 … 255; factors (N, 1) fp32, NaN for weights not finite."""
     weight_NK = weight_NK.float()
     factor_N1 = weight_NK.abs().amax(dim=1, keepdim=True) / 127
     factor_N1[~factor_N1.isfinite()] = torch.nan

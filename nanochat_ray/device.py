@@ -12,6 +12,8 @@ import torch
 from nanochat_ray.errors import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Of a model that is used and not trained. int8 is how its matrices are stored and multiplied; the rest is bf16.
+USED_DTYPES = {**DTYPES, "int8": torch.int8}
 
 # Dense bf16 FLOP/s from the vendors' data sheets (without sparsity). Matched in order against the device's name.
 _BF16_PEAKS = (
@@ -61,6 +63,8 @@ def pick_dtype(device: torch.device, name: str | None = None) -> tuple[torch.dty
         UsageError: the name is not one of DTYPES.
     """
     if name is not None:
+        if name in USED_DTYPES and name not in DTYPES:
+            raise UsageError(f"{name} is for models that are used, not for training; choose from {', '.join(DTYPES)}")
         if name not in DTYPES:
             raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
         return DTYPES[name], "chosen"
@@ -76,6 +80,24 @@ def pick_dtype(device: torch.device, name: str | None = None) -> tuple[torch.dty
                 return torch.bfloat16, f"the CPU has {label}"
         return torch.float32, "the CPU has neither AVX512-BF16 nor AMX"
     return torch.float32, f"bf16 has not been tried on {device.type}"
+
+
+def pick_used_dtype(device: torch.device, name: str | None = None) -> tuple[torch.dtype, str]:
+    """As `pick_dtype`, for a model that is used and not trained: int8 is possible, on CPUs, when it is asked for.
+
+    Raises:
+        UsageError: the name is not one of USED_DTYPES, or the device has no such dtype.
+    """
+    if name in DTYPES or name not in USED_DTYPES:
+        return pick_dtype(device, name)
+    if device.type != "cpu":
+        raise UsageError(f"{name} is the CPU's; on {device.type} choose from {', '.join(DTYPES)}")
+    return USED_DTYPES[name], "chosen"
+
+
+def activations_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a network computes in whose matrices have this one."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 @functools.cache

@@ -45,11 +45,22 @@ def _train(args: argparse.Namespace) -> Measured:
 def _decode(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.decode_bench import DecodeSettings, decode_lines, measure_decoding
 
+    if args.run:
+        return _quality(args)
     plan, corpus, tokenizer = _text(args, longer=2)  # room for a prompt of the given length and a reply
     prompt = plan.model.sequence_len // 2
     settings = DecodeSettings(prompt, new_tokens=prompt // 8, repeats=2 if args.quick else 5)
     figures = {"corpus": corpus.name, **measure_decoding(plan, tokenizer, args.dtype, settings)}
     return f"decode: {plan.in_words}", figures, decode_lines
+
+
+def _quality(args: argparse.Namespace) -> Measured:
+    from nanochat_ray.bench.decode_quality import QUICK_TOKENS, TOKENS, measure_quality, quality_lines
+    from nanochat_ray.data.corpus import open_corpus
+
+    corpus = open_corpus(args.corpus, data_folder(args.storage), args.shards)
+    figures = measure_quality(args.storage, args.run, corpus, QUICK_TOKENS if args.quick else TOKENS)
+    return f"decode: what rounding costs, {args.run}, step {figures['step']:,}", figures, quality_lines
 
 
 def _checkpoint(args: argparse.Namespace) -> Measured:

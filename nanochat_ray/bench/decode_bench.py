@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
-from nanochat_ray.device import gemm_peak, memory_bandwidth, pick_device, pick_dtype
+from nanochat_ray.device import activations_of, gemm_peak, memory_bandwidth, pick_device, pick_used_dtype
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.load import engine_of
 from nanochat_ray.engine.sampler import SamplingParams
@@ -50,13 +50,13 @@ def decode_figures(
 ) -> dict[str, Any]:
     """All figures, measured in turn in this process; medians over the repeats."""
     device, _ = pick_device()
-    dtype, _ = pick_dtype(device, dtype_name)
+    dtype, _ = pick_used_dtype(device, dtype_name)
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-    model = _as_served(plan, device, dtype)
+    model = _as_served(plan, device, activations_of(dtype))
     engine, how = engine_of(model, tokenizer, dtype, max_running=max(BATCHES))
     draw = random.Random(0)
-    weight_bytes = plan.parameters.scaling * model.lm_head.weight.element_size()
+    weight_bytes = plan.parameters.scaling * dtype.itemsize
     prompt = [tokenizer.bos, *(n % 200 for n in range(settings.prompt - 1))]
 
     samples: dict[str, list[float]] = {}
@@ -69,7 +69,7 @@ def decode_figures(
         memory_bandwidth.cache_clear()
         gemm_peak.cache_clear()
         note("bandwidth", memory_bandwidth(device))
-        note("gemm", gemm_peak(device, dtype))
+        note("gemm", gemm_peak(device, model.dtype))
         for batch in BATCHES:
             first_s, tokens_per_s = _through_engine(engine, batch, len(prompt), settings.new_tokens, draw)
             note(f"decode_{batch}", tokens_per_s)
@@ -90,7 +90,7 @@ def decode_figures(
         "new_tokens": settings.new_tokens,
         "device": str(device),
         "dtype": str(dtype),
-        "stored_dtype": str(model.lm_head.weight.dtype),
+        "activations_dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "model_step": how,
         "weight_bytes_per_token": weight_bytes,
@@ -114,8 +114,9 @@ def decode_figures(
 
 def decode_lines(figures: dict[str, Any]) -> list[Line]:
     """The figures as a table for people."""
-    stored = figures["stored_dtype"].removeprefix("torch.")
+    stored, activations = (figures[name].removeprefix("torch.") for name in ("dtype", "activations_dtype"))
     weights = f"{figures['weight_bytes_per_token'] / 1e6:.0f} MB"
+    peak = f"{activations} GEMM peak, {figures['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s"
     lines = [
         Line(
             "memory read",
@@ -125,14 +126,14 @@ def decode_lines(figures: dict[str, Any]) -> list[Line]:
         Line(
             f"read a prompt of {figures['prompt_tokens']}",
             f"{figures['prefill_tok_per_s']:,.0f} tok/s",
-            f"{figures['prefill_of_peak']:.1%} of the GEMM peak, {figures['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s",
+            f"{figures['prefill_of_peak']:.1%} of the {peak}",
         ),
     ]
     for batch, decode in figures["decode"].items():
         times = decode["tok_per_s"] / decode["torch_tok_per_s"]
         beside = (
             f"{decode['of_limit']:.0%} of the memory's limit, {decode['limit_tok_per_s']:,.0f}; "
-            f"plain torch {decode['torch_tok_per_s']:,.0f} ({times:.1f} x)"
+            f"plain torch in {activations} {decode['torch_tok_per_s']:,.0f} ({times:.1f} x)"
         )
         lines.append(Line(f"write, batch {batch}", f"{decode['tok_per_s']:,.0f} tok/s", beside))
     first, torch_first = figures["first_token_s"], figures["torch_first_token_s"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanochat_ray.bench import sizes
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
-from nanochat_ray.device import pick_device, pick_dtype
+from nanochat_ray.device import pick_device, pick_used_dtype
 from nanochat_ray.engine.load import step_model_of
 from nanochat_ray.eval.core import CoreTask, core_questions
 from nanochat_ray.eval.question import EndScore, Question, Verdict, judge
@@ -42,7 +42,7 @@ def evaluation_figures(
 ) -> dict[str, Any]:
     """Both evaluators in turn, task by task, in this process."""
     device, _ = pick_device()
-    dtype, _ = pick_dtype(device, dtype_name)
+    dtype, _ = pick_used_dtype(device, dtype_name)
     torch.set_num_threads(os.cpu_count() or 1)
     model = _model(plan, device)
     step_model, how = step_model_of(model, dtype)  # also freezes the model

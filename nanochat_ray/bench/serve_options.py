@@ -97,7 +97,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("serve", "; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()))
     group.add_argument("--scenario", choices=SCENARIOS, default="speed", help="what to do to the server")
     group.add_argument("--url", default=None, help="an OpenAI-compatible server that runs already")
-    group.add_argument("--run", default=None, help="serve this run's chat model (default: an untrained one)")
+    group.add_argument(
+        "--run", default=None, help="this run's chat model (default: an untrained one); of `decode`: a run"
+    )
     group.add_argument("--streams", default=None, help="numbers of chats at once, for example 1,4,16,32")
     group.add_argument("--full", action="store_true", help="64 chats at once, too")
     group.add_argument("--seconds", type=float, default=10.0, help="per number of chats; length of `mixed`")

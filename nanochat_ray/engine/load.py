@@ -99,9 +99,9 @@ def load_chat_model(
     from nanochat_ray.train.checkpoint import Checkpoints
 
     imported = time.monotonic()
-    model, activations, tokenizer, plan, step = _load_network(storage, run, stage, device, dtype, step)
+    model, matrices, tokenizer, plan, step = _load_network(storage, run, stage, device, dtype, step)
     loaded = time.monotonic()
-    engine, how = engine_of(model, tokenizer, activations, max_running, threads)
+    engine, how = engine_of(model, tokenizer, matrices, max_running, threads)
     about = {
         "run": run,
         "stage": stage,
@@ -109,7 +109,7 @@ def load_chat_model(
         "depth": plan.depth,
         "context": model.config.sequence_len,
         "device": str(model.device),
-        "dtype": str(activations).removeprefix("torch."),
+        "dtype": str(matrices).removeprefix("torch."),
         "model_step": how,
     }
     startup = {
@@ -132,26 +132,26 @@ def load_step_model(
     Raises:
         UserError: as `load_chat_model`.
     """
-    model, activations, tokenizer, plan, _ = _load_network(storage, run, stage, None, dtype, step)
-    step_model, _ = step_model_of(model, activations, context=context_times * plan.model.sequence_len)
+    model, matrices, tokenizer, plan, _ = _load_network(storage, run, stage, None, dtype, step)
+    step_model, _ = step_model_of(model, matrices, context=context_times * plan.model.sequence_len)
     return step_model, tokenizer, model.device.type
 
 
 def _load_network(
     storage: str, run: str, stage: str, device: str | None, dtype: str | None, step: int | None
 ) -> "tuple[GPT, torch.dtype, Tokenizer, Plan, int]":
-    """The network of a stage, the dtype of its activations, its tokenizer, its plan, and the step it stands at."""
-    from nanochat_ray.device import pick_device, pick_dtype
+    """The network of a stage, the dtype its matrices shall have, its tokenizer, its plan, and the step it stands at."""
+    from nanochat_ray.device import activations_of, pick_device, pick_used_dtype
     from nanochat_ray.tokenizer import Tokenizer
     from nanochat_ray.train.checkpoint import load_model
 
     require_trained(storage, run, stage)
     folder = run_folder(storage, run)
     on, _ = pick_device(device)
-    activations, _ = pick_dtype(on, dtype)
+    matrices, _ = pick_used_dtype(on, dtype)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations, at_step=step)
-    return model, activations, tokenizer, plan, step
+    model, plan, step = load_model(folder / stage, tokenizer.fingerprint, on, activations_of(matrices), at_step=step)
+    return model, matrices, tokenizer, plan, step
 
 
 def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None) -> str:
@@ -178,23 +178,31 @@ def step_model_of(
     """The fastest way to run a network on its device, and which one that is, in words.
 
     Args:
+        dtype: of its matrices. With torch.int8 everything else is bf16.
         context: positions a sequence may have; None: as many as in training.
+
+    Raises:
+        UserError: int8 is asked for and cannot be had here.
     """
     import torch
 
+    from nanochat_ray.device import activations_of
     from nanochat_ray.model.torch_step import TorchStep
 
-    model.freeze(dtype)
+    model.freeze(activations_of(dtype))
     if model.device.type != "cpu":
         return TorchStep(model, context), f"torch on {model.device.type}"
     from kernels import cpu_step
 
     reason = cpu_step.why_not(model.config, dtype)
+    if reason is not None and dtype == torch.int8:
+        raise UserError(f"int8 needs the fused step of the CPU: {reason}; --dtype bf16 goes without")
     if reason is not None:
         warn(f"replies come at a third of the speed: {reason}")
         return TorchStep(model, context), f"torch: {reason}"
     threads = threads or torch.get_num_threads()
-    return cpu_step.CpuStep(model, dtype, threads, context=context), f"fused CPU step, {threads} threads"
+    name = str(dtype).removeprefix("torch.")
+    return cpu_step.CpuStep(model, dtype, threads, context=context), f"fused CPU step, {name}, {threads} threads"
 
 
 def _free_memory(device: "torch.device") -> int:

@@ -91,7 +91,7 @@ def pieces(tasks: Iterable[Task], size: int, done: set[tuple[str, int]]) -> list
 class RunModel:
     """The checkpoint of a step of a run's stage.
 
-    dtype   of the activations, "fp32" or "bf16": the same on every machine
+    dtype   of the activations, "fp32" or "bf16", or "int8", of the matrices: the same on every machine
     """
 
     storage: str

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from nanochat_ray.data.corpus import Corpus, Unit
+from nanochat_ray.device import activations_of
+from nanochat_ray.engine.load import step_model_of
 from nanochat_ray.eval.bpb import evaluate_bpb
+from nanochat_ray.eval.step_text import StepText
 from nanochat_ray.storage import Folder
 from nanochat_ray.stream.rows import PretrainingRows, one_epoch
 from nanochat_ray.tokenizer import Tokenizer
@@ -23,6 +26,7 @@ def text_figures(
     """Bits per byte of training and validation text, and greedy continuations of held-out openings.
 
     Args:
+        dtype: of the matrices; with torch.int8 the engine's step reads and writes.
         tokens: of each split, rounded down to whole micro-batches, at least one.
 
     Returns:
@@ -32,7 +36,8 @@ def text_figures(
         UserError: the checkpoint of this step is missing or damaged, or the corpus cannot be read.
     """
     tokenizer = Tokenizer.load(run / "tokenizer")
-    model, plan, _ = load_model(run / "base", tokenizer.fingerprint, device, dtype, at_step=step)
+    model, plan, _ = load_model(run / "base", tokenizer.fingerprint, device, activations_of(dtype), at_step=step)
+    text = StepText(step_model_of(model, dtype)[0]) if dtype == torch.int8 else None
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     row_tokens = plan.micro_batch_rows * plan.model.sequence_len
     count = max(1, tokens // row_tokens)
@@ -40,12 +45,15 @@ def text_figures(
     def bits_per_byte(units: Sequence[Unit]) -> float:
         once = one_epoch(source, units, plan.micro_batch_rows, plan.seed)
         losses = lambda inputs, targets: model(inputs, targets, reduction="none")  # noqa: E731
-        return evaluate_bpb(losses, islice(once, count), tokenizer.token_bytes(), device)
+        return evaluate_bpb(text.losses if text else losses, islice(once, count), tokenizer.token_bytes(), device)
 
     samples = []
     for batch in islice(one_epoch(source, corpus.validation, 1, plan.seed), SAMPLES):
         opening = batch.tokens_MT[0, :OPENING_TOKENS].tolist()
-        continuation = list(model.generate(opening, SAMPLE_TOKENS, temperature=0.0))
+        if text:
+            continuation = text.continued(opening, SAMPLE_TOKENS)
+        else:
+            continuation = list(model.generate(opening, SAMPLE_TOKENS, temperature=0.0))
         samples.append({"prompt": tokenizer.decode(opening[1:]), "text": tokenizer.decode(continuation)})
     return {
         "train_bpb": bits_per_byte(corpus.train),

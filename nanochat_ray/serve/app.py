@@ -78,7 +78,7 @@ class Served(BaseModel):
     stage: Literal["sft", "base"] = "sft"
     step: int | None = Field(default=None, ge=0)  # the newest valid checkpoint at the time of the deployment
     device: Literal["cuda", "mps", "cpu"] | None = None  # the best that there is
-    dtype: Literal["bf16", "fp32"] | None = None  # what suits the device
+    dtype: Literal["bf16", "fp32", "int8"] | None = None  # what suits the device
     max_running: int = Field(default=MAX_RUNNING, ge=1)
     max_queued: int = Field(default=MAX_QUEUED, ge=1)
     threads: int | None = Field(default=None, ge=1)  # of the model on a CPU; all cores
