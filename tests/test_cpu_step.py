@@ -30,6 +30,11 @@ SHAPES = [
 OTHER_MACHINES = [
     pytest.param(("-DPORTABLE",), id="portable"),
     pytest.param(
+        ("-mno-avx512bf16", "-mno-avx512vnni"),
+        id="older avx512, or avx2",
+        marks=[pytest.mark.slow, pytest.mark.skipif(platform.machine() != "x86_64", reason="code for x86")],
+    ),
+    pytest.param(
         ("-march=x86-64-v3",),
         id="avx2",
         marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="code for x86"),

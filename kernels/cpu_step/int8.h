@@ -10,6 +10,7 @@
 namespace simd {
 
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
 
 struct Int8 {
@@ -38,17 +39,23 @@ struct Int8 {
         return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)columns, (__m512i)broadcast_word(row_word));
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__) && !defined(PORTABLE)
         return (Words)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)columns, (__m256i)broadcast_word(row_word));
-#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(PORTABLE)
-        // In 16 bits: the instruction of AVX2 that multiplies bytes cuts off the sum of two products.
-        const __m256i row = (__m256i)broadcast_word(row_word), low = (__m256i)broadcast_word(0x00ff00ff);
-        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), odd = _mm256_srai_epi16(row, 8);
-        const __m256i even_columns = _mm256_and_si256((__m256i)columns, low);
-        const __m256i odd_columns = _mm256_srli_epi16((__m256i)columns, 8);
-        return sum + (Words)_mm256_madd_epi16(even_columns, even) + (Words)_mm256_madd_epi16(odd_columns, odd);
 #else
-        for (int shift = 0; shift < 32; shift += 8)
-            sum += (columns >> shift & 0xff) * broadcast_word((uint32_t)(int32_t)(int8_t)(row_word >> shift));
-        return sum;
+        // In 16 bits: the older instruction that multiplies bytes cuts off the sum of two products.
+        const Shorts row = (Shorts)broadcast_word(row_word);
+        sum += pairs((Shorts)(columns & 0x00ff00ff), row << 8 >> 8);
+        return sum + pairs((Shorts)(columns >> 8 & 0x00ff00ff), row >> 8);
+#endif
+    }
+
+    // a₀·b₀ + a₁·b₁ of each word's two numbers.
+    static INLINE Words pairs(Shorts a, Shorts b) {
+#if defined(__AVX512BW__) && !defined(PORTABLE)
+        return (Words)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(PORTABLE)
+        return (Words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+        const Integers x = (Integers)a, y = (Integers)b;
+        return (Words)((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
 #endif
     }
 

@@ -98,7 +98,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scenario", choices=SCENARIOS, default="speed", help="what to do to the server")
     group.add_argument("--url", default=None, help="an OpenAI-compatible server that runs already")
     group.add_argument(
-        "--run", default=None, help="this run's chat model (default: an untrained one); of `decode`: a run"
+        "--run", default=None, help="serve this run's chat model; with `decode`: what rounding costs its base model"
     )
     group.add_argument("--streams", default=None, help="numbers of chats at once, for example 1,4,16,32")
     group.add_argument("--full", action="store_true", help="64 chats at once, too")
