@@ -58,7 +58,7 @@ def rotate(x_BTHK: torch.Tensor, cos_BTP: torch.Tensor, sin_BTP: torch.Tensor) -
 def causal_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
     """Attention of positions 0 … T−1 to themselves, in the inputs' dtype; (B, T, H, K)."""
     if flash_reason(q_BTHK.device, q_BTHK.dtype)[0]:
-        return _flash_attention(q_BTHK, k_BTGK, v_BTGK, window)
+        return flash_attention(q_BTHK, k_BTGK, v_BTGK, window)
     # torch's CPU attention kernel is faster in fp32 than in bf16, casts included: 4 to 9 times, forward and backward at
     # T = 512, on a CPU without bf16 units; not measured on one with them.
     dtype = torch.float32 if q_BTHK.device.type == "cpu" else q_BTHK.dtype
@@ -137,7 +137,7 @@ def flash_reason(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "flash attention (torch.nn.attention.varlen)"
 
 
-def _flash_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
+def flash_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
     """The rows as equally long documents of one packed sequence. Written from its documentation, not run on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 

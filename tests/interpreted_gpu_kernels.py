@@ -1,0 +1,210 @@
+"""Figures of the GPU's kernels in Triton's interpreter; run by tests/test_gpu_kernels.py in a process of its own.
+
+Blocks are made tiny, so that odd shapes need several of them and few programs. Every tensor that torch allocates holds
+NaN until it is written. bf16 is left out where tl.dot multiplies: the interpreter's result is wrong there.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.gpu import linear_cross_entropy, polar_express, rotated_norm, squared_relu
+from kernels.gpu.operations import GpuOperations
+from nanochat_ray.errors import UsageError
+from nanochat_ray.model import updates
+from nanochat_ray.model.attention import RotaryTables
+from nanochat_ray.model.loss import SOFTCAP
+from nanochat_ray.model.operations import Operations
+
+# Largest error over the largest magnitude of the exact result: twice what was seen.
+TOLERANCES = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+DTYPES = list(TOLERANCES)
+DOT_DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_blocks_and_no_stale_memory(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK", 64)
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
+        monkeypatch.setattr(squared_relu, name, 16)
+    monkeypatch.setattr(squared_relu, "ELEMENTS", 64)
+    monkeypatch.setattr(polar_express, "BLOCK", 16)
+    monkeypatch.setattr(polar_express, "BLOCK_K", 16)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == exact.shape
+    assert found.isfinite().all()
+    error = (found.double() - exact.double()).abs().max()
+    assert error <= TOLERANCES[dtype] * exact.double().abs().max()
+
+
+def exact_loss(x_ND, weight_VD, targets_N, vocab_size, reduction):
+    z_NV = x_ND @ weight_VD[:vocab_size].T
+    return F.cross_entropy(SOFTCAP * torch.tanh(z_NV / SOFTCAP), targets_N, ignore_index=-1, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_and_its_gradients_over_chunks_with_padding_and_ignored_targets(dtype, reduction, monkeypatch):
+    tokens, width, vocab, padded = 11, 24, 130, 192
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 5 * padded * dtype.itemsize)  # chunks of 5, 5, 1
+    x = (3 * torch.randn(tokens, 2 * width)).to(dtype)[:, ::2].requires_grad_()
+    weight = torch.randn(padded, width)
+    weight[vocab:] = torch.nan  # takes no part
+    weight.requires_grad_()
+    targets = torch.randint(0, vocab, (tokens, 2))[:, 0]
+    targets[[0, 5, 10]] = -1
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets, vocab, reduction)
+    incoming = torch.rand_like(loss) + 0.5
+    grad_x, grad_weight = torch.autograd.grad(loss, (x, weight), incoming)
+
+    exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().to(dtype).double().requires_grad_()
+    expected = exact_loss(exact_x, exact_weight, targets, vocab, reduction)
+    gradients = torch.autograd.grad(expected, (exact_x, exact_weight), incoming.double())
+    check(loss, expected, dtype)
+    check(grad_x, gradients[0], dtype)
+    check(grad_weight, gradients[1].nan_to_num(0.0), dtype)
+    assert not grad_weight[vocab:].any()
+    assert (loss.dtype, grad_x.dtype, grad_weight.dtype) == (torch.float32, dtype, torch.float32)
+    with torch.no_grad():
+        check(linear_cross_entropy.linear_cross_entropy(x, weight, targets, vocab, reduction), expected, dtype)
+
+
+def test_a_loss_of_ignored_targets_only_and_an_unknown_reduction():
+    x, weight, ignored = torch.randn(3, 8, requires_grad=True), torch.randn(70, 8), torch.full((3,), -1)
+    total = linear_cross_entropy.linear_cross_entropy(x, weight, ignored, 70, "sum")
+    assert total == 0
+    assert not torch.autograd.grad(total, x)[0].any()
+    assert linear_cross_entropy.linear_cross_entropy(x, weight, ignored, 70, "mean").isnan()
+    with pytest.raises(UsageError, match="not one of mean, sum, none"):
+        linear_cross_entropy.linear_cross_entropy(x, weight, ignored, 70, "max")
+
+
+def test_nothing_is_written_beside_the_logits():
+    buffer = torch.full((6, 160), 7.0)
+    z = buffer[1:5, :130]
+    z.copy_(torch.randn(4, 130))
+    linear_cross_entropy.softcapped_losses(z, torch.tensor([0, 129, -1, 64]), torch.ones(4))
+    assert (z != 7).all()
+    assert (buffer[:, 130:] == 7).all()
+    assert (buffer[[0, 5]] == 7).all()
+    assert not z[2].any()
+
+
+def test_extreme_logits_stay_finite():
+    z = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]])
+    losses = linear_cross_entropy.softcapped_losses(z, torch.tensor([1, 1]), torch.ones(2))
+    torch.testing.assert_close(losses, torch.tensor([30.0, 0.6931472]), rtol=1e-5, atol=1e-5)
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 33), (35, 40, 16)])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_matmul_with_squared_relu_and_its_gradients(dtype, shape):
+    tokens, channels, outputs = shape
+    x = torch.randn(tokens, channels + 3).to(dtype)[:, 3:].unsqueeze(0).requires_grad_()
+    weight = torch.randn(channels, outputs).T.requires_grad_()  # columns contiguous
+    y = squared_relu.linear_squared_relu(x, weight)
+    incoming = torch.randn(1, outputs, tokens).to(dtype).mT
+    gradients = torch.autograd.grad(y, (x, weight), incoming)
+
+    exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().to(dtype).double().requires_grad_()
+    expected = Operations().linear_squared_relu(exact_x, exact_weight)
+    check(y, expected, dtype)
+    for found, exact in zip(
+        gradients, torch.autograd.grad(expected, (exact_x, exact_weight), incoming.double()), strict=True
+    ):
+        check(found, exact, dtype)
+    assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_relu_alone_and_its_gradient_from_the_result(dtype):
+    z = torch.randn(23, 14).to(dtype).T.requires_grad_()
+    y = squared_relu.squared_relu(z)
+    incoming = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, z, incoming)
+    exact = z.detach().double().requires_grad_()
+    expected = F.relu(exact).square()
+    check(y, expected, dtype)
+    check(gradient, torch.autograd.grad(expected, exact, incoming.double())[0], dtype)
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 10), (5, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_rotation_and_norm_and_their_gradient(dtype, heads, size, own_positions):
+    rows, length = 2, 7
+    tables = [table[:length] for table in RotaryTables(size)(40, torch.device("cpu"), dtype)]
+    if own_positions:
+        positions = torch.randint(0, 7, (rows, length))
+        tables = [table[positions] for table in tables]
+    x = torch.randn(rows, length, heads, 2 * size).to(dtype)[..., :size]
+    x[0, 0] *= 1e-4  # where the norm's epsilon decides
+    x.requires_grad_()
+    y = rotated_norm.rotated_norm_of_rows(x, tables, 1.2)
+    incoming = torch.randn(rows, length, size, heads).to(dtype).mT
+    (gradient,) = torch.autograd.grad(y, x, incoming)
+
+    exact = x.detach().double().requires_grad_()
+    turned = Operations.rotated_norm(_ExactNorm(), exact, tuple(table.double() for table in tables), 1.2)
+    expected = torch.autograd.grad(turned, exact, incoming.double())[0]
+    check(y, turned, dtype)
+    small, others = (slice(0, 1), slice(0, 1)), (slice(1, 2), slice(0, length))  # their gradients differ in size
+    for part in (small, others):
+        check(gradient[part], expected[part], dtype)
+
+
+class _ExactNorm(Operations):
+    """The norm with the epsilon that torch takes for every dtype below fp64."""
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 50), (1, 1, 3), (2, 50, 20)])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_symmetric_products_with_and_without_the_matrix_added(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    for view in (x, x.mT, x[:, ::2]):
+        gram = polar_express.symmetric_product(view, False, 0.0, 1.0)
+        check(gram, view.double() @ view.double().mT, dtype)
+        assert torch.equal(gram, gram.mT)
+    found = polar_express.symmetric_product(gram, True, -2.5, 0.5)
+    check(found, -2.5 * gram.double() + 0.5 * gram.double() @ gram.double(), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 20), (1, 34, 15)])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_polar_express_is_as_close_to_exact_as_the_reference(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    exact = updates.polar_express(x.double())
+    found, reference = polar_express.polar_express(x), updates.polar_express(x)
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= 1.5 * (reference - exact).abs().max()
+
+
+def test_the_network_computes_with_the_kernels_what_it_computes_without(monkeypatch):
+    from nanochat_ray.model.attention import causal_attention
+    from nanochat_ray.model.gpt import GPT, GPTConfig
+
+    monkeypatch.setattr("kernels.gpu.operations.flash_attention", causal_attention)  # needs a GPU
+    monkeypatch.setattr("kernels.gpu.operations.MIN_TILED_TOKENS", 1)
+    config = GPTConfig(8, 130, n_layer=1, n_head=3, n_kv_head=1, n_embd=24, window_pattern="L")
+    ids, targets = torch.randint(0, 130, (2, 2, 8))
+    results = []
+    for operations in (Operations(), GpuOperations()):
+        model = GPT(config)
+        model.init_weights(0)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.mlp.c_proj.weight.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(1))
+        loss = model.use_operations(operations)(ids, targets)
+        loss.backward()
+        results.append((loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
