@@ -82,8 +82,8 @@ class Attention(nn.Module):
         k_BTGK = self.c_k(x_BTD).unflatten(-1, heads)
         v_BTGK = self.c_v(x_BTD).unflatten(-1, heads)
         if value_BTE is not None and self.ve_gate is not None:
-            gate_BTG = VALUE_GATE_RANGE * torch.sigmoid(self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS]))
-            v_BTGK = v_BTGK + gate_BTG.unsqueeze(-1) * value_BTE.unflatten(-1, heads)
+            gate_BTG = self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS])
+            v_BTGK = operations.gated_sum(v_BTGK, gate_BTG, value_BTE.unflatten(-1, heads), VALUE_GATE_RANGE)
         q_BTHK = operations.rotated_norm(q_BTHK, rotary, self.query_key_scale)
         k_BTGK = operations.rotated_norm(k_BTGK, rotary, self.query_key_scale)
         return self.c_proj(attend(self.layer, q_BTHK, k_BTGK, v_BTGK, self.window).flatten(2))
@@ -112,13 +112,16 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
+        normed_BTD: torch.Tensor,
         value_BTE: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
         operations: Operations,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attn(operations.norm(x_BTD), value_BTE, rotary, attend, operations)
-        return x_BTD + self.mlp(operations.norm(x_BTD), operations)
+        """The residual after the layer, from the one before it and its norm."""
+        attended_BTD = self.attn(normed_BTD, value_BTE, rotary, attend, operations)
+        x_BTD, normed_BTD = operations.mixed_norm(x_BTD, attended_BTD)
+        return x_BTD + self.mlp(normed_BTD, operations)
 
 
 class GPT(nn.Module):
@@ -296,19 +299,23 @@ class GPT(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
+        operations = self.operations
         x_BTD = middle_BTD = x0_BTD
         for layer, block in enumerate(self.blocks):
             value_BTE = None
             if str(layer) in self.value_embeds:
                 value_BTE = self.value_embeds[str(layer)](ids_BT).to(self.dtype)
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
-                x_BTD = self.resid_lambdas[layer] * x_BTD + self.x0_lambdas[layer] * x0_BTD
-            x_BTD = block(x_BTD, value_BTE, rotary, attend, self.operations)
+                weights = self.resid_lambdas[layer], self.x0_lambdas[layer]
+                x_BTD, normed_BTD = operations.mixed_norm(x_BTD, x0_BTD, *weights)
+            else:
+                normed_BTD = operations.norm(x_BTD)
+            x_BTD = block(x_BTD, normed_BTD, value_BTE, rotary, attend, operations)
             if layer == self.config.n_layer // 2:
                 middle_BTD = x_BTD
-        if self.backout_lambda is not None:
-            x_BTD = x_BTD - self.backout_lambda.to(x_BTD.dtype) * middle_BTD
-        return self.operations.norm(x_BTD)
+        if self.backout_lambda is None:
+            return operations.norm(x_BTD)
+        return operations.mixed_norm(x_BTD, middle_BTD, None, -self.backout_lambda[0].to(x_BTD.dtype))[1]
 
     def _attend_to_row(
         self, layer: int, q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int

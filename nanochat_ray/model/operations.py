@@ -19,6 +19,23 @@ class Operations:
         """RMS norm over the last axis, without weights."""
         return F.rms_norm(x, (x.shape[-1],))
 
+    def mixed_norm(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        x_weight: torch.Tensor | None = None,
+        y_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_weight·x + y_weight·y and its norm; weights are scalars of any dtype, None is 1."""
+        mix = (x if x_weight is None else x_weight * x) + (y if y_weight is None else y_weight * y)
+        return mix, self.norm(mix)
+
+    def gated_sum(
+        self, v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor, gate_range: float
+    ) -> torch.Tensor:
+        """v + gate_range·sigmoid(gate)·value, with a gate per head."""
+        return v_BTGK + (gate_range * torch.sigmoid(gate_BTG)).unsqueeze(-1) * value_BTGK
+
     def rotated_norm(
         self, x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], scale: float
     ) -> torch.Tensor:
