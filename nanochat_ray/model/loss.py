@@ -22,7 +22,12 @@ def softcap(z: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str = "mean"
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    vocab_size: int,
+    reduction: str = "mean",
+    chunks: "ChunkedLoss | None" = None,
 ) -> torch.Tensor:
     """Cross-entropy in nats of softcap(x·Wᵀ) against targets, of which −1 are ignored; fp32.
 
@@ -31,16 +36,60 @@ def linear_cross_entropy(
         targets_N: integers in [−1, vocab_size).
         reduction: "sum"; "mean" over counted targets (nan if there is none); or "none" for losses (N,), 0 where
             ignored. With "none" the backward pass computes the logits again.
+        chunks: how losses and gradients are computed; None: with torch.
     """
     if reduction not in ("mean", "sum", "none"):
         raise UsageError(f"reduction {reduction!r} is not one of mean, sum, none")
+    chunks = chunks or ChunkedLoss()
     if reduction == "none":
-        return _TokenLosses.apply(x_ND, weight_VD, targets_N, vocab_size)
+        return _TokenLosses.apply(x_ND, weight_VD, targets_N, vocab_size, chunks)
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
-        total = _SummedLoss.apply(x_ND, weight_VD, targets_N, vocab_size)
+        total = _SummedLoss.apply(x_ND, weight_VD, targets_N, vocab_size, chunks)
     else:
-        total = _losses(x_ND, weight_VD, targets_N, vocab_size).sum()
+        total = chunks.losses(x_ND, weight_VD, targets_N, vocab_size).sum()
     return total / (targets_N != IGNORED).sum() if reduction == "mean" else total
+
+
+class ChunkedLoss:
+    """The losses of all tokens, and their gradients; `kernels/` has a subclass for CPUs."""
+
+    def losses(
+        self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+    ) -> torch.Tensor:
+        """Losses (N,) fp32, 0 where ignored."""
+        weight_VD = weight_VD[:vocab_size].to(x_ND.dtype)
+        chunk = _chunk_tokens(vocab_size, x_ND.dtype)
+        losses_N = torch.empty(len(x_ND), device=x_ND.device)
+        chunks = zip(x_ND.split(chunk), targets_N.split(chunk), losses_N.split(chunk), strict=True)
+        for x_CD, targets_C, losses_C in chunks:
+            _to_losses(x_CD @ weight_VD.T, targets_C, None, losses_C)
+        return losses_N
+
+    def losses_and_gradients(
+        self,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        vocab_size: int,
+        scale_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses (N,) fp32, and the gradients of Σ scale·loss: for x in its dtype, for the weight in fp32."""
+        cast_VD = weight_VD[:vocab_size].to(x_ND.dtype)
+        losses_N, grad_x_ND = torch.empty_like(scale_N), torch.empty_like(x_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        chunk = _chunk_tokens(vocab_size, x_ND.dtype)
+        buffer_CV = x_ND.new_empty(min(chunk, len(x_ND)), vocab_size)  # of all chunks: fresh memory costs page faults
+        for start in range(0, len(x_ND), chunk):
+            part = slice(start, start + chunk)
+            x_CD = x_ND[part]
+            z_CV = torch.mm(x_CD, cast_VD.T, out=buffer_CV[: len(x_CD)])
+            _to_losses(z_CV, targets_N[part], scale_N[part], losses_N[part])  # z_CV is its own gradient from here on
+            torch.mm(z_CV, cast_VD, out=grad_x_ND[part])
+            if x_CD.dtype == torch.float32:
+                grad_weight_VD[:vocab_size].addmm_(z_CV.T, x_CD)
+            else:
+                grad_weight_VD[:vocab_size] += z_CV.T @ x_CD  # chunks add up in fp32
+        return losses_N, grad_x_ND, grad_weight_VD
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -48,12 +97,16 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+        ctx: FunctionCtx,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        vocab_size: int,
+        chunks: ChunkedLoss,
     ) -> torch.Tensor:
-        losses_N, grad_x_ND, grad_weight_VD = _losses_and_gradients(
-            x_ND, weight_VD, targets_N, vocab_size, torch.ones_like(targets_N, dtype=torch.float32)
-        )
-        ctx.gradients = grad_x_ND, grad_weight_VD  # type: ignore[attr-defined]
+        scale_N = torch.ones_like(targets_N, dtype=torch.float32)
+        losses_N, *gradients = chunks.losses_and_gradients(x_ND, weight_VD, targets_N, vocab_size, scale_N)
+        ctx.gradients = gradients  # type: ignore[attr-defined]
         return losses_N.sum()
 
     @staticmethod
@@ -62,7 +115,10 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a summed loss can be differentiated once: its gradients are scaled in place")
         (grad_x_ND, grad_weight_VD), ctx.gradients = ctx.gradients, None
-        return grad_x_ND.mul_(grad.to(grad_x_ND.dtype)), grad_weight_VD.mul_(grad), None, None
+        if grad.device.type != "cpu" or grad != 1:  # on a GPU, to look would be to wait
+            grad_x_ND.mul_(grad.to(grad_x_ND.dtype))
+            grad_weight_VD.mul_(grad)
+        return grad_x_ND, grad_weight_VD, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -70,49 +126,23 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+        ctx: FunctionCtx,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        vocab_size: int,
+        chunks: ChunkedLoss,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.vocab_size = vocab_size  # type: ignore[attr-defined]
-        return _losses(x_ND, weight_VD, targets_N, vocab_size)
+        ctx.vocab_size, ctx.chunks = vocab_size, chunks  # type: ignore[attr-defined]
+        return chunks.losses(x_ND, weight_VD, targets_N, vocab_size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_N: torch.Tensor):  # type: ignore[no-untyped-def,override]
         x_ND, weight_VD, targets_N = ctx.saved_tensors
-        _, grad_x_ND, grad_weight_VD = _losses_and_gradients(x_ND, weight_VD, targets_N, ctx.vocab_size, grad_N)
-        return grad_x_ND, grad_weight_VD, None, None
-
-
-def _losses(x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    weight_VD = weight_VD[:vocab_size].to(x_ND.dtype)
-    chunk = _chunk_tokens(vocab_size, x_ND.dtype)
-    losses_N = torch.empty(len(x_ND), device=x_ND.device)
-    for x_CD, targets_C, losses_C in zip(x_ND.split(chunk), targets_N.split(chunk), losses_N.split(chunk), strict=True):
-        _to_losses(x_CD @ weight_VD.T, targets_C, None, losses_C)
-    return losses_N
-
-
-def _losses_and_gradients(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, scale_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (N,) fp32, and the gradients of Σ scale·loss: for x in its dtype, for the weight in fp32."""
-    cast_VD = weight_VD[:vocab_size].to(x_ND.dtype)
-    losses_N, grad_x_ND = torch.empty_like(scale_N), torch.empty_like(x_ND)
-    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    chunk = _chunk_tokens(vocab_size, x_ND.dtype)
-    buffer_CV = x_ND.new_empty(min(chunk, len(x_ND)), vocab_size)  # of all chunks: fresh memory costs page faults
-    for start in range(0, len(x_ND), chunk):
-        part = slice(start, start + chunk)
-        x_CD = x_ND[part]
-        z_CV = torch.mm(x_CD, cast_VD.T, out=buffer_CV[: len(x_CD)])
-        _to_losses(z_CV, targets_N[part], scale_N[part], losses_N[part])  # z_CV is its own gradient from here on
-        torch.mm(z_CV, cast_VD, out=grad_x_ND[part])
-        if x_CD.dtype == torch.float32:
-            grad_weight_VD[:vocab_size].addmm_(z_CV.T, x_CD)
-        else:
-            grad_weight_VD[:vocab_size] += z_CV.T @ x_CD  # chunks add up in fp32
-    return losses_N, grad_x_ND, grad_weight_VD
+        _, *gradients = ctx.chunks.losses_and_gradients(x_ND, weight_VD, targets_N, ctx.vocab_size, grad_N)
+        return *gradients, None, None, None
 
 
 def _to_losses(
