@@ -143,10 +143,13 @@ class StepOf final : public Step {
                 });
             case HEAD:
                 return multiply(head(), rows, piece, input_, [&](int row, int panel, Lanes sums) {
-                    float capped[LANES];
-                    simd::store(capped, softcap(sums));
-                    const int columns = std::min(LANES, s_.vocab - panel * LANES);
-                    std::memcpy(b_.logits + (size_t)row * s_.vocab + panel * LANES, capped, columns * sizeof(float));
+                    const int column = panel * LANES;
+                    float* const to = b_.logits + (size_t)row * s_.vocab + column;
+                    const Lanes capped = softcap(sums);
+                    if (column + LANES <= s_.vocab)
+                        simd::store(to, capped);
+                    else
+                        std::memcpy(to, &capped, (s_.vocab - column) * sizeof(float));
                 });
         }
     }
