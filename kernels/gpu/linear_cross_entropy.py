@@ -1,6 +1,8 @@
 """Unembedding, softcap and cross-entropy in chunks of tokens: products by cuBLAS, all between them in one kernel.
 
-Not run on a GPU. The reference is `nanochat_ray.model.loss.linear_cross_entropy`, whose contract this keeps.
+    loss = linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, "sum", GpuLoss())
+
+Not run on a GPU. The reference is `nanochat_ray.model.loss.ChunkedLoss`; the autograd wrapper is there, too.
 
 Reason: with torch's own operations a chunk of logits passes through memory some twelve times between the products (the
 softcap, its derivative, exponentials, sums, the gradient), half of them in fp32 scratch twice as large as the chunk.
@@ -13,10 +15,8 @@ scratch together.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from nanochat_ray.errors import UsageError
-from nanochat_ray.model.loss import IGNORED, SOFTCAP
+from nanochat_ray.model.loss import IGNORED, SOFTCAP, ChunkedLoss
 from nanochat_ray.plan.shape import LOGITS_CHUNK_BYTES, round_up
 
 CHUNK_BYTES = 4 * LOGITS_CHUNK_BYTES  # 4096 tokens in bf16 at a vocabulary of 32768: products large enough for a GPU
@@ -94,82 +94,40 @@ def _(z_CV: torch.Tensor, targets_C: torch.Tensor, scale_C: torch.Tensor | None)
     return torch.empty(len(z_CV), dtype=torch.float32, device=z_CV.device)
 
 
-def linear_cross_entropy(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str = "mean"
-) -> torch.Tensor:
-    """As `nanochat_ray.model.loss.linear_cross_entropy`: fp32, −1 ignored, an fp32 gradient for an fp32 weight."""
-    if reduction not in ("mean", "sum", "none"):
-        raise UsageError(f"reduction {reduction!r} is not one of mean, sum, none")
-    targets_N = targets_N.contiguous()
-    if reduction == "none":
-        return _TokenLosses.apply(x_ND, weight_VD, targets_N, vocab_size)
-    if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
-        total = _SummedLoss.apply(x_ND, weight_VD, targets_N, vocab_size)
-    else:
-        total = _losses(x_ND, weight_VD, targets_N, vocab_size).sum()
-    return total / (targets_N != IGNORED).sum() if reduction == "mean" else total
+class GpuLoss(ChunkedLoss):
+    """Losses and gradients of `nanochat_ray.model.loss.linear_cross_entropy` on a GPU."""
 
+    def losses(
+        self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int
+    ) -> torch.Tensor:
+        cast_VD, targets_N = weight_VD[:vocab_size].to(x_ND.dtype), targets_N.contiguous()
+        losses_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
+        buffer_CV = _buffer(x_ND, vocab_size)
+        for part in _chunks(len(x_ND), len(buffer_CV)):
+            z_CV = torch.mm(x_ND[part], cast_VD.T, out=buffer_CV[: part.stop - part.start])
+            losses_N[part] = softcapped_losses(z_CV, targets_N[part], None)
+        return losses_N
 
-class _SummedLoss(torch.autograd.Function):
-    """The sum of all losses; the gradients are ready when the forward pass ends."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, vocab_size):  # type: ignore[no-untyped-def,override]
-        scale_N = torch.ones(len(x_ND), dtype=torch.float32, device=x_ND.device)
-        losses_N, *ctx.gradients = _losses_and_gradients(x_ND, weight_VD, targets_N, vocab_size, scale_N)
-        return losses_N.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        if ctx.gradients is None:
-            raise RuntimeError("a summed loss can be differentiated once: its gradients are scaled in place")
-        (grad_x_ND, grad_weight_VD), ctx.gradients = ctx.gradients, None
-        return grad_x_ND.mul_(grad), grad_weight_VD.mul_(grad), None, None
-
-
-class _TokenLosses(torch.autograd.Function):
-    """The loss of every token; gradients need the weight of each loss, so the backward pass starts from x again."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, vocab_size):  # type: ignore[no-untyped-def,override]
-        ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.vocab_size = vocab_size
-        return _losses(x_ND, weight_VD, targets_N, vocab_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_N):  # type: ignore[no-untyped-def,override]
-        x_ND, weight_VD, targets_N = ctx.saved_tensors
-        gradients = _losses_and_gradients(x_ND, weight_VD, targets_N, ctx.vocab_size, grad_N.float().contiguous())[1:]
-        return *gradients, None, None
-
-
-def _losses(x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    weight_VD = weight_VD[:vocab_size].to(x_ND.dtype)
-    losses_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
-    buffer_CV = _buffer(x_ND, vocab_size)
-    for part in _chunks(len(x_ND), len(buffer_CV)):
-        z_CV = torch.mm(x_ND[part], weight_VD.T, out=buffer_CV[: part.stop - part.start])
-        losses_N[part] = softcapped_losses(z_CV, targets_N[part], None)
-    return losses_N
-
-
-def _losses_and_gradients(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, scale_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (N,) fp32, and the gradients of Σ scale·loss: for x in its dtype, for the weight in fp32."""
-    cast_VD = weight_VD[:vocab_size].to(x_ND.dtype)
-    losses_N, grad_x_ND = torch.empty_like(scale_N), torch.empty_like(x_ND)
-    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    buffer_CV = _buffer(x_ND, vocab_size)
-    for part in _chunks(len(x_ND), len(buffer_CV)):
-        x_CD = x_ND[part]
-        z_CV = torch.mm(x_CD, cast_VD.T, out=buffer_CV[: len(x_CD)])
-        losses_N[part] = softcapped_losses(z_CV, targets_N[part], scale_N[part])  # from here on z is its own gradient
-        torch.mm(z_CV, cast_VD, out=grad_x_ND[part])
-        _add_product_(grad_weight_VD[:vocab_size], z_CV.T, x_CD)
-    return losses_N, grad_x_ND, grad_weight_VD
+    def losses_and_gradients(
+        self,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        vocab_size: int,
+        scale_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cast_VD, targets_N = weight_VD[:vocab_size].to(x_ND.dtype), targets_N.contiguous()
+        scale_N = scale_N.float().contiguous()
+        losses_N, grad_x_ND = torch.empty_like(scale_N), torch.empty_like(x_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        buffer_CV = _buffer(x_ND, vocab_size)
+        for part in _chunks(len(x_ND), len(buffer_CV)):
+            x_CD = x_ND[part]
+            z_CV = torch.mm(x_CD, cast_VD.T, out=buffer_CV[: len(x_CD)])
+            losses_N[part] = softcapped_losses(z_CV, targets_N[part], scale_N[part])
+            torch.mm(z_CV, cast_VD, out=grad_x_ND[part])  # z is its own gradient by now
+            _add_product_(grad_weight_VD[:vocab_size], z_CV.T, x_CD)
+        return losses_N, grad_x_ND, grad_weight_VD
 
 
 def _add_product_(sum_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gpu.fp8_linear import fp8_linear, takes_fp8
-from kernels.gpu.linear_cross_entropy import linear_cross_entropy
+from kernels.gpu.linear_cross_entropy import GpuLoss
+from kernels.gpu.polar_express import polar_express
 from kernels.gpu.rotated_norm import rotated_norm_of_rows
 from kernels.gpu.squared_relu import linear_squared_relu, squared_relu
 from nanochat_ray.model.attention import flash_attention
+from nanochat_ray.model.loss import linear_cross_entropy
 from nanochat_ray.model.operations import Operations
 
 MIN_TILED_TOKENS = 2048  # with fewer, our product has too few tiles for the GPU, where cuBLAS splits the sums
@@ -47,7 +49,10 @@ class GpuOperations(Operations):
     def linear_cross_entropy(
         self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str
     ) -> torch.Tensor:
-        return linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, reduction)
+        return linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, reduction, GpuLoss())
+
+    def polar_express(self, x_KMN: torch.Tensor) -> torch.Tensor:
+        return polar_express(x_KMN)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
