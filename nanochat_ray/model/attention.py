@@ -61,7 +61,7 @@ def causal_attention(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.T
         return flash_attention(q_BTHK, k_BTGK, v_BTGK, window)
     # torch's CPU attention kernel is faster in fp32 than in bf16, casts included: 4 to 9 times, forward and backward at
     # T = 512, on a CPU without bf16 units; not measured on one with them.
-    dtype = torch.float32 if q_BTHK.device.type == "cpu" else q_BTHK.dtype
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32) if q_BTHK.device.type == "cpu" else q_BTHK.dtype
     q_BHTK, k_BGTK, v_BGTK = (x.to(dtype).transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     length = q_BTHK.shape[1]
     if window >= length - 1:
