@@ -9,18 +9,16 @@ Measured on two Zen 4 cores, 4,096 tokens × width 256 × vocabulary 32,768, bf1
 1.10 s of the reference, 298 of the 393 GFLOP/s of a large matrix product; the elementwise part 6.5 times as fast.
 """
 
-import ctypes
-import functools
 import mmap
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 
 import torch
 
 from kernels import cpu_build
+from kernels.cpu_crew import address, crew_of
 from nanochat_ray.errors import UserError
 from nanochat_ray.model.loss import IGNORED, ChunkedLoss
 
@@ -57,7 +55,6 @@ class CpuLoss(ChunkedLoss):
 
     def __init__(self, extra_flags: tuple[str, ...] = ()):
         self._library = cpu_build.load(SOURCES, extra_flags)
-        self._library.cpu_loss_crew.restype = c_void_p
         self._busy = threading.Lock()
         self._room = _huge_pages(1)
 
@@ -98,8 +95,8 @@ class CpuLoss(ChunkedLoss):
                     torch.addmm(own_VD, z_CV.T, x_ND[part], beta=0 if first else 1, out=own_VD)
                 else:
                     torch.mm(z_CV.T, x_ND[part], out=of_chunk_VD)
-                    arguments = (_at(own_VD), _at(of_chunk_VD), c_int64(own_VD.numel()), first)
-                    self._library.cpu_loss_accumulate(self._crew(), *arguments)
+                    arguments = (address(own_VD), address(of_chunk_VD), c_int64(own_VD.numel()), first)
+                    self._library.cpu_loss_accumulate(crew_of(self._library, "cpu_loss_crew"), *arguments)
         return losses_N, grad_x_ND, grad_weight_VD
 
     def _chunks(self, x_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -119,18 +116,11 @@ class CpuLoss(ChunkedLoss):
         """Fill in the losses of raw logits; with a scale, the logits become the gradient of Σ scale·loss."""
         rows, vocab = z_CV.shape
         scratch = None if scale_C is None else torch.empty(torch.get_num_threads(), -(-vocab // _LANES) * _LANES)
-        pointers = map(_at, (targets_C, scale_C, losses_C, scratch))
+        pointers = map(address, (targets_C, scale_C, losses_C, scratch))
         sizes = c_int64(rows), c_int64(vocab)
-        self._library.cpu_loss_rows(self._crew(), z_CV.dtype == torch.bfloat16, _at(z_CV), *sizes, *pointers)
-
-    def _crew(self) -> c_void_p:
-        return _crew_of(self._library, os.getpid(), torch.get_num_threads())
-
-
-@functools.cache
-def _crew_of(library: ctypes.CDLL, process: int, threads: int) -> c_void_p:
-    """Threads do not survive a fork, so each process has its own; they sleep until it ends."""
-    return c_void_p(library.cpu_loss_crew(threads))
+        self._library.cpu_loss_rows(
+            crew_of(self._library, "cpu_loss_crew"), z_CV.dtype == torch.bfloat16, address(z_CV), *sizes, *pointers
+        )
 
 
 def _checked(targets_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -147,7 +137,3 @@ def _huge_pages(size: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-def _at(tensor: torch.Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())

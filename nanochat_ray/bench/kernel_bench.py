@@ -132,7 +132,7 @@ def cases(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Case]:
         Case(
             "gradient of an embedding",
             "embedding",
-            trained(lambda o: o.embedding(ids_N, table)),
+            trained(lambda o: o.embedding(ids_N, table, dtype)),
             0,
             4 * tokens * width * 4,
         ),

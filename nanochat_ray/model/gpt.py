@@ -283,7 +283,8 @@ class GPT(nn.Module):
         return self._layers(ids_1N, x_1ND, (cos_SP[positions_N], sin_SP[positions_N]), attend)[0]
 
     def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.operations.norm(self.transformer["wte"](ids_BT).to(self.dtype))
+        table_VD = cast(nn.Embedding, self.transformer["wte"]).weight
+        return self.operations.norm(self.operations.embedding(ids_BT, table_VD, self.dtype))
 
     def _smear(self, x_BTD: torch.Tensor, previous_BTD: torch.Tensor) -> torch.Tensor:
         """Add a gated part of the previous embedding, which is zero at the first position."""
@@ -304,7 +305,8 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             value_BTE = None
             if str(layer) in self.value_embeds:
-                value_BTE = self.value_embeds[str(layer)](ids_BT).to(self.dtype)
+                table_VE = cast(nn.Embedding, self.value_embeds[str(layer)]).weight
+                value_BTE = operations.embedding(ids_BT, table_VE, self.dtype)
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 weights = self.resid_lambdas[layer], self.x0_lambdas[layer]
                 x_BTD, normed_BTD = operations.mixed_norm(x_BTD, x0_BTD, *weights)

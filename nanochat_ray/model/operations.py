@@ -15,6 +15,10 @@ from nanochat_ray.model.loss import linear_cross_entropy
 class Operations:
     """Pure functions of tensors; results have the dtype of their first argument unless said otherwise."""
 
+    def embedding(self, ids: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of a table, (*ids, D) in `dtype`."""
+        return F.embedding(ids, weight_VD).to(dtype)
+
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """RMS norm over the last axis, without weights."""
         return F.rms_norm(x, (x.shape[-1],))

@@ -1,0 +1,91 @@
+"""Look-ups in embedding tables on a CPU, whose gradients are added to the table's own gradient, row by row.
+
+    model.use_operations(CpuEmbedding()); model(ids_BT, targets_BT).backward()
+
+Reference: `Operations.embedding`. Autograd makes a gradient as large as the table, nearly all of it zeros, for each
+table and micro-batch, and adds it to the one before; here nothing is touched but the rows of the micro-batch. The sums
+are made in the order of the tokens, so they depend neither on the number of threads nor on timing. The code is in
+kernels/cpu_embedding/.
+
+Measured on two Zen 4 cores, look-up, gradient and its sum for 4,096 tokens in a table of 32,768 × 256: 2.1 ms against
+16 ms of the reference; × 768: 5 ms against 49 ms.
+"""
+
+import threading
+from ctypes import c_int64
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels import cpu_build
+from kernels.cpu_crew import address, crew_of
+from nanochat_ray.errors import UserError
+from nanochat_ray.model.operations import Operations
+from nanochat_ray.plan.shape import ModelShape
+
+SOURCES = "cpu_embedding"
+DTYPES = (torch.bfloat16, torch.float32)
+_LANES = 16
+_busy = threading.Lock()  # the crew takes one job at a time
+
+
+def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
+    """Why this machine cannot train such a model with `CpuEmbedding`, in words; None if it can. May compile."""
+    if dtype not in DTYPES:
+        return f"the CPU's embedding computes in bfloat16 or float32, not {dtype}"
+    if shape.n_embd % _LANES or shape.kv_width % _LANES:
+        return (
+            f"the CPU's embedding needs widths that are multiples of {_LANES}, not {shape.n_embd} and {shape.kv_width}"
+        )
+    try:
+        cpu_build.load(SOURCES)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+class CpuEmbedding(Operations):
+    """Operations with the embedding of this machine; what it does not know (other dtypes, devices) is left to torch."""
+
+    def embedding(self, ids: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The backward pass adds to `weight_VD.grad` itself and gives autograd nothing to add.
+
+        So gradients accumulate over micro-batches as always, but torch.autograd.grad does not see this one.
+
+        Raises:
+            IndexError: an id is not a row of the table.
+        """
+        known = weight_VD.dtype == torch.float32 and dtype in DTYPES and weight_VD.is_contiguous()
+        if not known or weight_VD.device.type != "cpu" or weight_VD.shape[1] % _LANES or not weight_VD.is_leaf:
+            return super().embedding(ids, weight_VD, dtype)
+        if ids.numel() and (ids.min() < 0 or ids.max() >= len(weight_VD)):
+            raise IndexError(f"ids must lie in 0 … {len(weight_VD) - 1}")
+        return _Embedding.apply(ids.to(torch.int64).contiguous(), weight_VD, dtype)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.ids, ctx.weight_VD = ids, weight_VD
+        values = torch.empty(*ids.shape, weight_VD.shape[1], dtype=dtype)
+        _call("gather", weight_VD, ids, values)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        weight_VD = ctx.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        _call("scatter", weight_VD.grad, ctx.ids, grad.contiguous())
+        return None, None, None
+
+
+def _call(what: str, table_VD: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None:
+    """gather: values = rows of the table; scatter: rows of the table += values."""
+    library = cpu_build.load(SOURCES)
+    function, crew = getattr(library, f"cpu_embedding_{what}"), crew_of(library, "cpu_embedding_crew")
+    sizes = c_int64(table_VD.shape[1]), c_int64(ids.numel())
+    with _busy:
+        function(crew, values.dtype == torch.bfloat16, address(table_VD), *sizes, address(ids), address(values))
