@@ -146,7 +146,9 @@ def test_rotation_and_norm_and_their_gradient(dtype, heads, size, own_positions)
     if own_positions:
         positions = torch.randint(0, 7, (rows, length))
         tables = [table[positions] for table in tables]
-    x = torch.randn(rows, length, heads, 2 * size).to(dtype)[..., :size]
+    x = torch.randn(rows, length, heads, 2 * size).to(dtype)[..., :size]  # heads of a wider row
+    if own_positions:
+        x = x.mT.contiguous().mT  # heads whose channels are apart
     x[0, 0] *= 1e-4  # where the norm's epsilon decides
     x.requires_grad_()
     y = rotated_norm.rotated_norm_of_rows(x, tables, 1.2)

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
+from kernels.gpu import operations
 from kernels.gpu.fp8_linear import E4M3, use_fp8
 from kernels.gpu.operations import GpuOperations
 from kernels.gpu.polar_express import polar_express
@@ -110,3 +111,18 @@ def test_memory_is_what_the_plan_says(step):
     activations = size(step.kept)
     print(f"kept {activations / 2**30:.2f} GiB, planned {shape.activation_bytes(rows) / 2**30:.2f}")
     assert 0.85 * shape.activation_bytes(rows) <= activations <= shape.activation_bytes(rows)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_torch_compile_takes_the_layers_as_one_graph_around_the_kernels(fp8, monkeypatch):
+    monkeypatch.setattr(operations, "MIN_TILED_TOKENS", 1)
+    with META:
+        model = GPT(GPTConfig(256, 512, n_layer=2, n_head=2, n_kv_head=1, n_embd=256, window_pattern="SL"))
+    model.set_dtype(torch.bfloat16).use_operations(GpuOperations(fp8))
+    if fp8:
+        use_fp8(model)
+    ids_BT = torch.zeros(2, 256, dtype=torch.long, device=META)
+    hidden = torch.compile(model.hidden, dynamic=False, backend="aot_eager", fullgraph=True)
+    x_BTD = hidden(ids_BT, model.rotary(256, META, torch.bfloat16))
+    model.loss(x_BTD, ids_BT, "mean").backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())

@@ -80,6 +80,7 @@ def softcapped_losses(z_CV: torch.Tensor, targets_C: torch.Tensor, scale_C: torc
 
     With a scale, the logits become the gradient of Σ scale·loss.
     """
+    assert z_CV.stride(1) == 1, "gradients are written in place"
     losses_C = torch.empty(len(z_CV), dtype=torch.float32, device=z_CV.device)
     if len(z_CV):
         softcapped_losses_kernel[(len(z_CV),)](

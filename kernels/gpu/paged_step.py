@@ -1,6 +1,7 @@
 """The step of many sequences on a GPU: attention over blocks where they lie, and decoding replayed as CUDA graphs.
 
-    step = PagedStep(model)            # a StepModel; needs flash.activate_flash to have found FA3 or FA4
+    print(activate_flash(device)); reason = why_not(device, dtype)  # FA3 or FA4 must be there
+    step = PagedStep(model, capture=CudaGraphs(device))             # a StepModel
     step.allocate([64, 64]); logits_RV = step.forward(batch)
 
 Not run on a GPU; tests run all but the graph itself on a CPU, with `varlen_attn` as documented. Reason: `TorchStep`
@@ -13,7 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from kernels.gpu.flash import why_no_pages
 from kernels.gpu.paged_attention import paged_attention
+from nanochat_ray.model.attention import flash_reason
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.ragged import BLOCK, RaggedBatch
 from nanochat_ray.model.torch_step import TorchStep
@@ -23,22 +26,30 @@ LARGEST_GRAPH = 64  # sequences; with more, kernels are long enough to hide thei
 Work = Callable[[], torch.Tensor]
 
 
-class CudaGraphs:
-    """Captures work as CUDA graphs that share their memory, since they never run at once."""
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this device cannot decode with `PagedStep`, in words; None if it can."""
+    runs, reason = flash_reason(device, dtype)
+    return why_no_pages() if runs else reason
 
-    def __init__(self) -> None:
+
+class CudaGraphs:
+    """Captures work on a GPU as CUDA graphs that share their memory, since they never run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
         """Work that has been captured: reads the tensors it read then, and gives the same tensor every time."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()  # what happens once (rotary tables, cuBLAS's workspace, loading of kernels) must not be captured
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = work()
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                work()  # what happens once (rotary tables, cuBLAS's workspace, loading of kernels) must not be captured
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = work()
 
         def replay() -> torch.Tensor:
             graph.replay()

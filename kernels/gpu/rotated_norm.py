@@ -77,7 +77,8 @@ def rotated_norm_gradient_kernel(
 
 @torch.library.custom_op("nanochat_ray::rotated_norm", mutates_args=())
 def rotated_norm(x_NHK: torch.Tensor, cos_RP: torch.Tensor, sin_RP: torch.Tensor, scale: float) -> torch.Tensor:
-    """Token n is turned by the angles of row n mod R of the tables; contiguous (N, H, K) in the dtype of x."""
+    """Token n is turned by the angles of row n mod R of contiguous tables; contiguous (N, H, K) in the dtype of x."""
+    x_NHK = _with_contiguous_heads(x_NHK)
     y_NHK = torch.empty_like(x_NHK, memory_format=torch.contiguous_format)
     if y_NHK.numel():
         rotated_norm_kernel[(len(x_NHK),)](
@@ -92,8 +93,7 @@ def rotated_norm_gradient(
     x_NHK: torch.Tensor, cos_RP: torch.Tensor, sin_RP: torch.Tensor, grad_y_NHK: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The gradient of x from that of `rotated_norm`."""
-    if grad_y_NHK.stride(-1) != 1:
-        grad_y_NHK = grad_y_NHK.contiguous()
+    x_NHK, grad_y_NHK = _with_contiguous_heads(x_NHK), _with_contiguous_heads(grad_y_NHK)
     grad_x_NHK = torch.empty_like(x_NHK, memory_format=torch.contiguous_format)
     if grad_x_NHK.numel():
         rotated_norm_gradient_kernel[(len(x_NHK),)](
@@ -128,10 +128,12 @@ def rotated_norm_of_rows(x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch
     Args:
         rotary: cosines and sines, each (T, K/2) or (B, T, K/2), without gradients.
     """
-    if x_BTHK.stride(-1) != 1:
-        x_BTHK = x_BTHK.contiguous()
     cos_RP, sin_RP = (table.reshape(-1, table.shape[-1]).contiguous() for table in rotary)
     return rotated_norm(x_BTHK.flatten(0, 1), cos_RP, sin_RP, scale).view(x_BTHK.shape)
+
+
+def _with_contiguous_heads(x_NHK: torch.Tensor) -> torch.Tensor:
+    return x_NHK if x_NHK.stride(-1) == 1 else x_NHK.contiguous()
 
 
 def _blocks(x_NHK: torch.Tensor) -> dict[str, int]:

@@ -84,7 +84,8 @@ def squared_relu_gradient_kernel(y_ptr, grad_y_ptr, grad_z_ptr, count, BLOCK: tl
 
 @torch.library.custom_op("nanochat_ray::matmul_squared_relu", mutates_args=())
 def matmul_squared_relu(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-    """relu(x·Wᵀ)² (M, N) of two matrices of one dtype with contiguous rows."""
+    """relu(x·Wᵀ)² (M, N) of two matrices of one dtype."""
+    x_MK, weight_NK = _with_contiguous_rows(x_MK), _with_contiguous_rows(weight_NK)
     y_MN = x_MK.new_empty(len(x_MK), len(weight_NK))
     if y_MN.numel():
         tiles = triton.cdiv(len(x_MK), BLOCK_M) * triton.cdiv(len(weight_NK), BLOCK_N)
@@ -139,8 +140,7 @@ class _LinearSquaredRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):  # type: ignore[no-untyped-def,override]
-        x_MK = _with_contiguous_rows(x.flatten(0, -2))
-        y = matmul_squared_relu(x_MK, _with_contiguous_rows(weight.to(x.dtype))).unflatten(0, x.shape[:-1])
+        y = matmul_squared_relu(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
         ctx.save_for_backward(x, weight, y)
         return y
 
