@@ -14,8 +14,8 @@ from nanochat_ray.model import loss, updates
 from nanochat_ray.model.attention import RotaryTables
 from nanochat_ray.model.operations import Operations
 
-# Largest error over the largest magnitude of the exact result: twice what was seen.
-TOLERANCES = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+# Largest error over the largest magnitude of the exact result. Seen: 4e-7, 9e-4 and 8e-3, each in the loss's gradients.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCES)
 DOT_DTYPES = [torch.float32, torch.float16]
 
@@ -74,7 +74,7 @@ def test_the_loss_and_its_gradients_over_chunks_with_padding_and_ignored_targets
     check(grad_weight, gradients[1].nan_to_num(0.0), dtype)
     assert not grad_weight[vocab:].any()
     assert (found.dtype, grad_x.dtype, grad_weight.dtype) == (torch.float32, dtype, torch.float32)
-    with torch.no_grad():
+    with torch.inference_mode():
         check(gpu_loss(x, weight, targets, vocab, reduction), expected, dtype)
 
 
