@@ -31,7 +31,7 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as production launches it, at depth 26 in bf16: all sizes and strides but `heads` are multiples of 16."""
+    """A kernel as production launches it, at depth 26 in bf16: sizes and strides, but `heads`, are multiples of 16."""
 
     kernel: object
     pointers: dict[str, str]
