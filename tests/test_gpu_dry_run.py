@@ -113,6 +113,11 @@ def test_memory_is_what_the_plan_says(step):
     assert 0.85 * shape.activation_bytes(rows) <= activations <= shape.activation_bytes(rows)
 
 
+def test_where_the_operations_are_not_for_says_why():
+    assert operations.why_not(torch.device("cpu"), torch.bfloat16) == "the GPU's kernels need CUDA, this is cpu"
+    assert "bf16 and fp16, not torch.float32" in operations.why_not(torch.device("cuda"), torch.float32)
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_torch_compile_takes_the_layers_as_one_graph_around_the_kernels(fp8, monkeypatch):
     monkeypatch.setattr(operations, "MIN_TILED_TOKENS", 1)

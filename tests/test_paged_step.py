@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.gpu.flash import flash_choice, why_no_pages
-from kernels.gpu.paged_step import LARGEST_GRAPH, PagedStep
+from kernels.gpu.paged_step import LARGEST_GRAPH, PagedStep, why_not
 from nanochat_ray.model.attention import causal_attention, flash_attention
 from tests.fake_varlen import varlen_attn
 from tests.test_torch_step import BLOCKS, NETWORKS, Sequences, check, network
@@ -127,6 +127,11 @@ def test_the_choice_of_flash_attention_says_why(major, installed, name, why):
     chosen, reason = flash_choice(major, installed)
     assert chosen == name
     assert reason.startswith(why)
+
+
+def test_why_a_cpu_decodes_otherwise():
+    reason = why_not(torch.device("cpu"), torch.bfloat16)
+    assert reason == "SDPA: the flash kernel needs CUDA, this is cpu"
 
 
 def test_torchs_switch_knows_the_names_and_its_own_flash_attention_has_no_small_pages():

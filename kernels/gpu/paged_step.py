@@ -5,8 +5,8 @@
     step.allocate([64, 64]); logits_RV = step.forward(batch)
 
 Not run on a GPU; tests run all but the graph itself on a CPU, with `varlen_attn` as documented. Reason: `TorchStep`
-copies every key it attends to and pads sequences to the longest; and a step of one token per sequence launches some
-fifteen kernels a layer, each shorter than its launch. A graph replays them in one.
+copies every key it attends to and pads sequences to the longest; and a step of one token per sequence launches more
+than a dozen kernels a layer, which are likely shorter than their launches. A graph launches all of them at once.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ Not run on a GPU. The reference is `nanochat_ray.model.operations.Operations.lin
 Reason: autograd keeps z = x·Wᵀ, relu(z) and the result y, three tensors of 4 widths in each layer; here y is kept, and
 z never exists. relu(z) = sqrt(y) is as exact as a kept bf16 z, since a square root halves the relative error of
 rounding y. (In fp16 y overflows where |z| > 256, with or without this.) The epilogue also saves 4 bytes per element
-of traffic: about 0.5 ms of 2.5 ms for the 65,536 × 6,656 result of a d26 layer, by an H100's data sheet. Whether this
+of traffic: by an H100's data sheet 0.26 ms beside the product's 0.73 ms, for 32,768 tokens at depth 26. Whether this
 Triton product comes within that of cuBLAS's is the first thing to measure on a GPU: if not, `squared_relu` below after
 F.linear keeps the saving of memory and gives up only the epilogue. It is what runs after an fp8 product.
 """
