@@ -15,6 +15,7 @@ from nanochat_ray.model.sharding import Stack, lay_out, shard_bounds
 from nanochat_ray.model.updates import adamw_, muon
 
 Tensors = dict[str, torch.Tensor]
+_CPU_ELEMENTS_AT_ONCE = 5 * 2**20  # of a stack; see _parts
 EXP_AVG, EXP_AVG_SQ, MOMENTUM, SECOND_MOMENT = "exp_avg", "exp_avg_sq", "momentum", "second_moment"
 
 
@@ -203,15 +204,16 @@ class MatrixShard:
         _wait(self._pending)
         self._own.mul_(grad_scale)
         for stack in self._layout.stacks[self._workers.rank]:
-            grads, momenta = _matrices(self._own, stack), _matrices(self._momentum, stack)
-            seconds = _seconds(self._second, stack)
-            weight, new_momenta, new_seconds = muon(
-                torch.stack([self._matrices[name].detach() for name in stack.names]), grads, momenta, seconds,
-                momentum=momentum, rate=self._rate * lr_multiplier, weight_decay=weight_decay, dtype=self._dtype,
-            )  # fmt: skip
-            momenta.copy_(new_momenta)
-            seconds.copy_(new_seconds)
-            grads.copy_(weight)  # from here on the own part holds weights
+            for part in _parts(stack, self._device):
+                grads, momenta = _matrices(self._own, stack)[part], _matrices(self._momentum, stack)[part]
+                seconds = _seconds(self._second, stack)[part]
+                weight, new_momenta, new_seconds = muon(
+                    torch.stack([self._matrices[name].detach() for name in stack.names[part]]), grads, momenta, seconds,
+                    momentum=momentum, rate=self._rate * lr_multiplier, weight_decay=weight_decay, dtype=self._dtype,
+                )  # fmt: skip
+                momenta.copy_(new_momenta)
+                seconds.copy_(new_seconds)
+                grads.copy_(weight)  # from here on the own part holds weights
         if self._workers.size > 1:
             self._pending = dist.all_gather_single(self._buffer.view(-1), self._own, async_op=True)
 
@@ -244,6 +246,13 @@ class MatrixShard:
                 momentum.copy_(state[f"{name}.{MOMENTUM}"])
             for name, second in zip(stack.names, _seconds(self._second, stack), strict=True):
                 second.copy_(state[f"{name}.{SECOND_MOMENT}"])
+
+
+def _parts(stack: Stack, device: torch.device) -> list[slice]:
+    """Which of the stack's matrices are updated at once: on a CPU as many as fit its cache, elsewhere all."""
+    matrix = stack.elements // len(stack.names)
+    at_once = max(1, _CPU_ELEMENTS_AT_ONCE // matrix) if device.type == "cpu" else len(stack.names)
+    return [slice(first, first + at_once) for first in range(0, len(stack.names), at_once)]
 
 
 def _matrices(row: torch.Tensor, stack: Stack) -> torch.Tensor:

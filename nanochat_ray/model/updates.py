@@ -75,8 +75,9 @@ def muon(
     update_KMN = polar_express(equilibrate_rows(update_KMN.to(dtype))).to(weight_KMN.dtype)
     update_KMN = update_KMN * (min(rows, columns) ** 0.5 / _frobenius(update_KMN).clamp_min(_NORM_FLOOR))
     update_KMN, second_K = normuon(update_KMN, second_K)
-    agrees_KMN = update_KMN * weight_KMN >= 0  # decay only where the update shrinks the weight anyway (cautious)
-    return weight_KMN - rate * (update_KMN + weight_decay * weight_KMN * agrees_KMN), momentum_KMN, second_K
+    decay_KMN = (update_KMN * weight_KMN).ge_(0)  # only where the update shrinks the weight anyway (cautious)
+    update_KMN.add_(decay_KMN.mul_(weight_KMN), alpha=weight_decay)
+    return weight_KMN.sub(update_KMN, alpha=rate), momentum_KMN, second_K
 
 
 def second_moment_shape(rows: int, columns: int) -> tuple[int, int]:
