@@ -24,7 +24,7 @@ Answer = Callable[[list[Message]], Iterator[tuple[str, str]]]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.chat", __doc__, ["run", "storage", "used-dtype"])
+    parser = cli.build_parser("jobs.chat", __doc__, ["run", "storage", "used-dtype", "kernels"])
     parser.add_argument("--stage", choices=("sft", "base"), default="sft", help="which of the run's models to talk to")
     parser.add_argument("--url", default=None, help="talk to this server instead of loading a model")
     parser.add_argument("--prompt", default=None, help="ask this one question, print the reply and exit")
@@ -111,7 +111,7 @@ def _local(args: argparse.Namespace, params: Any) -> Answer:
     from nanochat_ray.chat import render_prompt
     from nanochat_ray.engine.load import load_chat_model
 
-    engine = load_chat_model(args.storage, args.run, args.stage, args.device, args.dtype).engine
+    engine = load_chat_model(args.storage, args.run, args.stage, args.device, args.dtype, kernels=args.kernels).engine
 
     def answer(messages: list[Message]) -> Iterator[tuple[str, str]]:
         for piece in engine.stream(render_prompt(engine.tokenizer, messages), params):  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from nanochat_ray.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.build_parser("jobs.serve", __doc__, ["run", "storage", "port", "address", "used-dtype"])
+    parser = cli.build_parser("jobs.serve", __doc__, ["run", "storage", "port", "address", "used-dtype", "kernels"])
     parser.add_argument("--stage", choices=("sft", "base"), default="sft", help="which of the run's models to serve")
     parser.add_argument("--replicas", default="1", help="copies of the model: N, or MIN:MAX to follow the load")
     parser.add_argument("--max-running", type=int, default=None, help="replies that a replica writes at the same time")
@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         stage=args.stage,
         device=args.device,
         dtype=args.dtype,
+        kernels=args.kernels,
         threads=int(threads) if threads.isdigit() else None,
         min_replicas=low,
         max_replicas=high,

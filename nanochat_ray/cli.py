@@ -96,8 +96,8 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "dtype": dict(
         type=_trained_dtype,
         default=None,
-        choices=["fp32", "bf16"],
-        help="activations (default: what the hardware multiplies best)",
+        choices=["fp32", "bf16", "fp8"],
+        help="activations (default: what the hardware multiplies best); fp8: the layers' products, on GPUs that can",
     ),
     "used-dtype": dict(
         name="--dtype",

@@ -12,6 +12,7 @@ import torch
 from nanochat_ray.errors import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FP8 = "fp8"  # of training: the layers' products; activations are bf16, as is everything else
 # Of a model that is used and not trained. int8 is how its matrices are stored and multiplied; the rest is bf16.
 USED_DTYPES = {**DTYPES, "int8": torch.int8}
 
@@ -60,8 +61,10 @@ def pick_dtype(device: torch.device, name: str | None = None) -> tuple[torch.dty
     """The dtype of activations: bf16 where the device multiplies bf16 matrices in hardware, else fp32; and why.
 
     Raises:
-        UsageError: the name is not one of DTYPES.
+        UsageError: the name is not one of DTYPES, nor FP8.
     """
+    if name == FP8:
+        return torch.bfloat16, "the dtype around products in fp8"
     if name is not None:
         if name in USED_DTYPES and name not in DTYPES:
             raise UsageError(f"{name} is for models that are used, not for training; choose from {', '.join(DTYPES)}")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from jobs import base_eval, chat, pretrain, serve
-from kernels import cpu_build, cpu_step
+from kernels import cpu_build, cpu_step, dispatch
 from nanochat_ray import cli
 from nanochat_ray.bench.decode_quality import REFERENCE, quality_figures, quality_lines
 from nanochat_ray.data.corpus import Corpus, open_corpus
 from nanochat_ray.device import pick_dtype, pick_used_dtype
-from nanochat_ray.engine.load import describe_chat_model, load_chat_model, step_model_of
+from nanochat_ray.engine.load import describe_chat_model, load_chat_model
 from nanochat_ray.engine.sampler import SamplingParams
 from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.eval.step_text import StepText
@@ -92,7 +92,11 @@ def test_models_of_unlike_dtypes_never_share_a_reply(storage):
 def test_without_a_compiler_it_is_refused_and_bf16_goes_on_with_a_warning(storage, no_compiler, capsys):
     with pytest.raises(UserError, match=r"int8 needs the fused step of the CPU: no C\+\+ compiler: .* --dtype bf16"):
         load_chat_model(storage, "tiny", "sft", "cpu", "int8")
-    assert load_chat_model(storage, "tiny", "sft", "cpu", "bf16").about["model_step"].startswith("torch: no C++ compil")
+    assert (
+        load_chat_model(storage, "tiny", "sft", "cpu", "bf16")
+        .about["model_step"]
+        .startswith("torch on cpu: no C++ compil")
+    )
     assert "a third of the speed: no C++ compiler" in capsys.readouterr().err
 
 
@@ -103,7 +107,7 @@ def test_a_step_reads_text_as_the_network_does():
     with torch.no_grad():
         logits_MTV = model(ids[:, :-1])
         nats_MT = model(ids[:, :-1], ids[:, 1:], reduction="none")
-    text = StepText(step_model_of(model, torch.float32, threads=1)[0])
+    text = StepText(dispatch.step_model(model, torch.float32, threads=1)[0])
     found_MT, likeliest_MT = text.read(tokens_MT)
     np.testing.assert_allclose(found_MT, nats_MT.numpy(), atol=1e-4)
     np.testing.assert_array_equal(likeliest_MT, logits_MTV.argmax(dim=-1).numpy())

@@ -14,7 +14,7 @@ import torch
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.data.corpus import Corpus
 from nanochat_ray.device import DTYPES, USED_DTYPES, activations_of, pick_device
-from nanochat_ray.engine.load import require_trained, step_model_of
+from nanochat_ray.engine.load import require_trained
 from nanochat_ray.eval.step_text import StepText
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import run_folder
@@ -69,9 +69,11 @@ def quality_figures(storage: str, run: str, corpus: Corpus, tokens: int) -> dict
         results[name] = {"bpb": nats / np.log(2) / text_bytes, "model_step": how}
         return np.concatenate(likeliest)
 
+    from kernels import dispatch
+
     expected = measure(REFERENCE, "torch", lambda row_MT: _torch_read(model, row_MT))
     for name, dtype in (USED_DTYPES if device.type == "cpu" else DTYPES).items():
-        step_model, how = step_model_of(load(dtype), dtype)
+        step_model, how = dispatch.step_model(load(dtype), dtype)
         found = measure(name, how, StepText(step_model).read)
         results[name]["same_likeliest"] = float((found == expected).mean())
         results[name]["bpb_cost"] = results[name]["bpb"] / results[REFERENCE]["bpb"] - 1

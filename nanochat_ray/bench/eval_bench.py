@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from nanochat_ray.bench import sizes
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.device import pick_device, pick_used_dtype
-from nanochat_ray.engine.load import step_model_of
 from nanochat_ray.eval.core import CoreTask, core_questions
 from nanochat_ray.eval.question import EndScore, Question, Verdict, judge
 from nanochat_ray.eval.scorer import StepScorer
@@ -41,11 +40,13 @@ def evaluation_figures(
     plan: Plan, tokenizer: Tokenizer, tasks: Sequence[CoreTask], dtype_name: str | None
 ) -> dict[str, Any]:
     """Both evaluators in turn, task by task, in this process."""
+    from kernels import dispatch
+
     device, _ = pick_device()
     dtype, _ = pick_used_dtype(device, dtype_name)
     torch.set_num_threads(os.cpu_count() or 1)
     model = _model(plan, device)
-    step_model, how = step_model_of(model, dtype)  # also freezes the model
+    step_model, how = dispatch.step_model(model, dtype)  # also freezes the model
     scorer = StepScorer(step_model)
     by_kind: dict[str, dict[str, float]] = {}
     for number, task in enumerate([tasks[0], *tasks]):  # the first task twice: once to warm up
@@ -113,8 +114,10 @@ def _same_predictions(
     plan: Plan, device: torch.device, tasks: Sequence[CoreTask], tokenizer: Tokenizer
 ) -> tuple[int, int]:
     """How many answers are the same in fp32, of the first few of each task."""
+    from kernels import dispatch
+
     model = _model(plan, device)
-    scorer = StepScorer(step_model_of(model, torch.float32)[0])
+    scorer = StepScorer(dispatch.step_model(model, torch.float32)[0])
     pairs = [
         pair
         for task in tasks

@@ -15,7 +15,7 @@ import torch
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.cluster import connect
 from nanochat_ray.data.corpus import Corpus, Unit
-from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
+from nanochat_ray.device import FP8, gemm_peak, pick_device, pick_dtype
 from nanochat_ray.model.execution import prepare_for_training
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.plan import Plan
@@ -116,7 +116,7 @@ def bare_loop(
     model = build_model(plan)
     model.to(device).set_dtype(dtype)
     optimizer = build_optimizer(model, plan.rates, dtype)
-    losses, mode = prepare_for_training(model, kernels, compile, plan.flops)
+    losses, mode = prepare_for_training(model, kernels, compile, plan.flops, dtype_name == FP8)
 
     def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return losses(inputs_BT, targets_BT, reduction="sum")

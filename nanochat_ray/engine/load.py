@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanochat_ray.cli import warn
 from nanochat_ray.engine.engine import MAX_RUNNING, STEP_TOKENS, Engine
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import run_folder
@@ -82,6 +81,7 @@ def load_chat_model(
     device: str | None = None,
     dtype: str | None = None,
     *,
+    kernels: str = "auto",
     step: int | None = None,
     max_running: int = MAX_RUNNING,
     threads: int | None = None,
@@ -89,6 +89,7 @@ def load_chat_model(
     """Load the newest valid checkpoint of a run's stage.
 
     Args:
+        kernels: "on" for ours, "off" for torch's operations, "auto" for what is known to be faster.
         step: the checkpoint of this step instead.
         threads: of the model on a CPU; None takes as many as torch is set to.
 
@@ -101,7 +102,7 @@ def load_chat_model(
     imported = time.monotonic()
     model, matrices, tokenizer, plan, step = _load_network(storage, run, stage, device, dtype, step)
     loaded = time.monotonic()
-    engine, how = engine_of(model, tokenizer, matrices, max_running, threads)
+    engine, how = engine_of(model, tokenizer, matrices, max_running, threads, kernels)
     about = {
         "run": run,
         "stage": stage,
@@ -133,7 +134,9 @@ def load_step_model(
         UserError: as `load_chat_model`.
     """
     model, matrices, tokenizer, plan, _ = _load_network(storage, run, stage, None, dtype, step)
-    step_model, _ = step_model_of(model, matrices, context=context_times * plan.model.sequence_len)
+    from kernels import dispatch
+
+    step_model, _ = dispatch.step_model(model, matrices, context=context_times * plan.model.sequence_len)
     return step_model, tokenizer, model.device.type
 
 
@@ -164,45 +167,16 @@ def engine_of(
     dtype: "torch.dtype",
     max_running: int = MAX_RUNNING,
     threads: int | None = None,
+    kernels: str = "auto",
 ) -> tuple[Engine, str]:
     """An engine around a network, whose weights may be changed for it, and how it computes, in words."""
-    step_model, how = step_model_of(model, dtype, threads)
+    from kernels import dispatch
+    from nanochat_ray.model.execution import WISHES
+
+    step_model, how = dispatch.step_model(model, dtype, threads, wanted=WISHES[kernels])
     step_tokens = max(max_running, STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
     kv_bytes = int(FREE_MEMORY_FOR_KV * _free_memory(model.device))
     return Engine(step_model, tokenizer, max_running, step_tokens, kv_bytes), how
-
-
-def step_model_of(
-    model: "GPT", dtype: "torch.dtype", threads: int | None = None, context: int | None = None
-) -> "tuple[StepModel, str]":
-    """The fastest way to run a network on its device, and which one that is, in words.
-
-    Args:
-        dtype: of its matrices. With torch.int8 everything else is bf16.
-        context: positions a sequence may have; None: as many as in training.
-
-    Raises:
-        UserError: int8 is asked for and cannot be had here.
-    """
-    import torch
-
-    from nanochat_ray.device import activations_of
-    from nanochat_ray.model.torch_step import TorchStep
-
-    model.freeze(activations_of(dtype))
-    if model.device.type != "cpu":
-        return TorchStep(model, context), f"torch on {model.device.type}"
-    from kernels import cpu_step
-
-    reason = cpu_step.why_not(model.config, dtype)
-    if reason is not None and dtype == torch.int8:
-        raise UserError(f"int8 needs the fused step of the CPU: {reason}; --dtype bf16 goes without")
-    if reason is not None:
-        warn(f"replies come at a third of the speed: {reason}")
-        return TorchStep(model, context), f"torch: {reason}"
-    threads = threads or torch.get_num_threads()
-    name = str(dtype).removeprefix("torch.")
-    return cpu_step.CpuStep(model, dtype, threads, context=context), f"fused CPU step, {name}, {threads} threads"
 
 
 def _free_memory(device: "torch.device") -> int:

@@ -8,7 +8,6 @@ import torch
 
 from nanochat_ray.data.corpus import Corpus, Unit
 from nanochat_ray.device import activations_of
-from nanochat_ray.engine.load import step_model_of
 from nanochat_ray.eval.bpb import evaluate_bpb
 from nanochat_ray.eval.step_text import StepText
 from nanochat_ray.storage import Folder
@@ -35,9 +34,11 @@ def text_figures(
     Raises:
         UserError: the checkpoint of this step is missing or damaged, or the corpus cannot be read.
     """
+    from kernels import dispatch
+
     tokenizer = Tokenizer.load(run / "tokenizer")
     model, plan, _ = load_model(run / "base", tokenizer.fingerprint, device, activations_of(dtype), at_step=step)
-    text = StepText(step_model_of(model, dtype)[0]) if dtype == torch.int8 else None
+    text = StepText(dispatch.step_model(model, dtype)[0]) if dtype == torch.int8 else None
     source = PretrainingRows(tokenizer, plan.model.sequence_len)
     row_tokens = plan.micro_batch_rows * plan.model.sequence_len
     count = max(1, tokens // row_tokens)

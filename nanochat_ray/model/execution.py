@@ -22,7 +22,7 @@ class Losses(Protocol):
 
 
 def prepare_for_training(
-    model: GPT, kernels: str = "auto", compile: str = "auto", flops: float = 0.0
+    model: GPT, kernels: str = "auto", compile: str = "auto", flops: float = 0.0, fp8: bool = False
 ) -> tuple[Losses, str]:
     """The training forward of a model that is on its device, and how it runs and why. Sets the model's operations.
 
@@ -35,9 +35,10 @@ def prepare_for_training(
         compile: "on" wherever possible, "off" never, "auto" where it pays: on a GPU, and on a CPU without our kernels
             in long runs in bf16; there it takes one to five minutes, and gains a fifth in bf16 but nothing in fp32.
         flops: of the whole run.
+        fp8: the layers' products in fp8.
 
     Raises:
-        UserError: our kernels are wanted, and there are none for this device, dtype or shape.
+        UserError: our kernels or fp8 are wanted, and there are none for this device, dtype or shape.
     """
     from kernels.dispatch import training_operations
 
@@ -46,8 +47,10 @@ def prepare_for_training(
         if own:
             raise UsageError("--kernels on and --compile on exclude each other on a CPU; leave one of them out")
         own = False
-    choice = training_operations(model.config, model.device, model.dtype, own)
+    choice = training_operations(model.config, model.device, model.dtype, own, fp8)
     model.use_operations(choice.operations)
+    if model.device.type == "cuda":
+        _prepare_gpu(model, fp8)
     if on_cpu and not choice.is_plain:
         return model, f"kernels: {choice.name}"
     if compiling is False:
@@ -63,6 +66,16 @@ def prepare_for_training(
         return model.loss(hidden(inputs_BT, rotary), targets_BT, reduction)
 
     return losses, COMPILED
+
+
+def _prepare_gpu(model: GPT, fp8: bool) -> None:
+    """Not run on a GPU."""
+    from kernels.gpu.flash import activate_flash
+    from kernels.gpu.fp8_linear import use_fp8
+
+    print(f"attention: {activate_flash(model.device)}", flush=True)
+    if fp8:
+        use_fp8(model)
 
 
 def compile_obstacle(device: torch.device) -> str | None:

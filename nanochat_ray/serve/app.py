@@ -79,6 +79,7 @@ class Served(BaseModel):
     step: int | None = Field(default=None, ge=0)  # the newest valid checkpoint at the time of the deployment
     device: Literal["cuda", "mps", "cpu"] | None = None  # the best that there is
     dtype: Literal["bf16", "fp32", "int8"] | None = None  # what suits the device
+    kernels: Literal["auto", "on", "off"] = "auto"
     max_running: int = Field(default=MAX_RUNNING, ge=1)
     max_queued: int = Field(default=MAX_QUEUED, ge=1)
     threads: int | None = Field(default=None, ge=1)  # of the model on a CPU; all cores
@@ -148,10 +149,15 @@ def build(args: Served) -> serve.Application:
         if step is None:
             raise UserError(f"no checkpoint in {folder} is finished; run the job that trains it again")
         args = args.model_copy(update={"step": step})
-    if not _gpus_each():
+    if args.kernels == "auto" and not _gpus_each():
         _warn_without_compiler()
     place = (args.storage, args.run, args.stage, args.device, args.dtype)
-    chosen: dict[str, Any] = {"step": args.step, "max_running": args.max_running, "threads": args.threads}
+    chosen: dict[str, Any] = {
+        "kernels": args.kernels,
+        "step": args.step,
+        "max_running": args.max_running,
+        "threads": args.threads,
+    }
     load = functools.partial(load_chat_model, *place, **chosen)
     describe = functools.partial(_describe, args)
     return app_of(load, describe, args, keys)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray.cli import warn
-from nanochat_ray.device import gemm_peak, pick_device, pick_dtype
+from nanochat_ray.device import FP8, gemm_peak, pick_device, pick_dtype
 from nanochat_ray.errors import UserError
 from nanochat_ray.eval.bpb import evaluate_bpb
 from nanochat_ray.model.execution import COMPILED, prepare_for_training
@@ -131,7 +131,7 @@ class _Worker:
         del loaded  # its memory, before training needs it
         self.peak_flops: float | None = None
         flops = job.plan.flops  # of all steps, also of a resumed run: it must not change how it computes
-        self.losses, self.mode = prepare_for_training(self.model, job.kernels, job.compile, flops)
+        self.losses, self.mode = prepare_for_training(self.model, job.kernels, job.compile, flops, job.dtype == FP8)
         self.validation: list[MicroBatch] | None = None
         self.fence: Fence | None = None  # of this group
         self.events: EventLog | None = None
