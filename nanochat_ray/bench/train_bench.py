@@ -115,8 +115,8 @@ def bare_loop(
         torch.set_num_threads(os.cpu_count() or 1)
     model = build_model(plan)
     model.to(device).set_dtype(dtype)
-    optimizer = build_optimizer(model, plan.rates, dtype)
     losses, mode = prepare_for_training(model, kernels, compile, plan.flops, dtype_name == FP8)
+    optimizer = build_optimizer(model, plan.rates, dtype)
 
     def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return losses(inputs_BT, targets_BT, reduction="sum")

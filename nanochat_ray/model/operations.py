@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from nanochat_ray.model.attention import causal_attention, rotate
 from nanochat_ray.model.loss import linear_cross_entropy
+from nanochat_ray.model.updates import polar_express
 
 
 class Operations:
@@ -63,3 +64,7 @@ class Operations:
     ) -> torch.Tensor:
         """Cross-entropy of softcap(x·Wᵀ); see `nanochat_ray.model.loss`."""
         return linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, reduction)
+
+    def polar_express(self, x_KMN: torch.Tensor) -> torch.Tensor:
+        """Nearly the nearest semi-orthogonal matrices, for the optimizer; see `nanochat_ray.model.updates`."""
+        return polar_express(x_KMN)

@@ -95,7 +95,7 @@ class MuonAdamW:
 
 
 def build_optimizer(model: GPT, rates: Rates, dtype: torch.dtype | None = None) -> MuonAdamW:
-    """The optimizer of a model that is already on its device; joins the default process group if there is one.
+    """The optimizer of a model that is on its device and has its operations; joins the process group if there is one.
 
     Args:
         rates: peak rates per group, already scaled.
@@ -112,7 +112,8 @@ def build_optimizer(model: GPT, rates: Rates, dtype: torch.dtype | None = None) 
         kind = ReplicatedShard if parameter.numel() < _REPLICATED_BELOW else TensorShard
         others.append(kind(name, parameter, rate, betas, decay, workers))
     # Matrices first: the others' reductions run behind their long update.
-    return MuonAdamW([MatrixShard(matrices, rates.matrix, dtype or model.dtype, workers), *others], workers)
+    of_layers = MatrixShard(matrices, rates.matrix, dtype or model.dtype, workers, model.operations.polar_express)
+    return MuonAdamW([of_layers, *others], workers)
 
 
 def _adamw_settings(name: str, rates: Rates) -> tuple[float, tuple[float, float], float]:

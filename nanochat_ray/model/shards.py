@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_ray.model.sharding import Stack, lay_out, shard_bounds
-from nanochat_ray.model.updates import adamw_, muon
+from nanochat_ray.model.updates import Orthogonalize, adamw_, muon
 
 Tensors = dict[str, torch.Tensor]
 _CPU_ELEMENTS_AT_ONCE = 5 * 2**20  # of a stack; see _parts
@@ -172,8 +172,12 @@ class TensorShard(_AdamWTensor):
 class MatrixShard:
     """Muon on whole matrices: each has one owner; all travel in one buffer [world, size] (see sharding.py)."""
 
-    def __init__(self, matrices: dict[str, torch.nn.Parameter], rate: float, dtype: torch.dtype, workers: Workers):
+    def __init__(
+        self, matrices: dict[str, torch.nn.Parameter], rate: float, dtype: torch.dtype, workers: Workers,
+        orthogonalize: Orthogonalize,
+    ):  # fmt: skip
         self._matrices, self._rate, self._dtype, self._workers = matrices, rate, dtype, workers
+        self._orthogonalize = orthogonalize
         shapes = {name: (parameter.shape[0], parameter.shape[1]) for name, parameter in matrices.items()}
         self._layout = lay_out(shapes, workers.size)
         self._device = next(iter(matrices.values())).device
@@ -210,6 +214,7 @@ class MatrixShard:
                 weight, new_momenta, new_seconds = muon(
                     torch.stack([self._matrices[name].detach() for name in stack.names[part]]), grads, momenta, seconds,
                     momentum=momentum, rate=self._rate * lr_multiplier, weight_decay=weight_decay, dtype=self._dtype,
+                    orthogonalize=self._orthogonalize,
                 )  # fmt: skip
                 momenta.copy_(new_momenta)
                 seconds.copy_(new_seconds)

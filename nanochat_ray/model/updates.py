@@ -5,8 +5,12 @@ momentum → row equilibration → Polar Express → Frobenius renormalisation �
 No state and no worlds here; see optim.py for who calls this with what.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.optim.adamw import adamw
+
+Orthogonalize = Callable[[torch.Tensor], torch.Tensor]
 
 ADAM_EPS = 1e-10
 NORMUON_BETA = 0.9
@@ -57,6 +61,7 @@ def muon(
     rate: float,
     weight_decay: float,
     dtype: torch.dtype,
+    orthogonalize: Orthogonalize | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One Muon step for K matrices of shape (M, N).
 
@@ -64,6 +69,7 @@ def muon(
         second_K: NorMuon's second moment, (K, M, 1) for tall and square matrices, (K, 1, N) for wide ones.
         rate: for square and wide matrices; tall ones take sqrt(M/N) times it.
         dtype: of the Polar Express iteration.
+        orthogonalize: another implementation of `polar_express`.
 
     Returns:
         New weight, momentum and second moment, in fp32.
@@ -72,7 +78,7 @@ def muon(
     rate *= max(1.0, rows / columns) ** 0.5
     momentum_KMN = momentum_KMN.lerp(grad_KMN, 1 - momentum)
     update_KMN = grad_KMN.lerp(momentum_KMN, momentum)
-    update_KMN = polar_express(equilibrate_rows(update_KMN.to(dtype))).to(weight_KMN.dtype)
+    update_KMN = (orthogonalize or polar_express)(equilibrate_rows(update_KMN.to(dtype))).to(weight_KMN.dtype)
     update_KMN = update_KMN * (min(rows, columns) ** 0.5 / _frobenius(update_KMN).clamp_min(_NORM_FLOOR))
     update_KMN, second_K = normuon(update_KMN, second_K)
     decay_KMN = (update_KMN * weight_KMN).ge_(0)  # only where the update shrinks the weight anyway (cautious)

@@ -126,12 +126,12 @@ class _Worker:
         begin = TrainState(job.plan, Cursor(job.identity), initial_model=job.initial_digest)
         self.state = begin if loaded is None else loaded.state
         self.model = build_model(job.plan).to(self.world.device).set_dtype(self.dtype)
+        flops = job.plan.flops  # of all steps, also of a resumed run: it must not change how it computes
+        self.losses, self.mode = prepare_for_training(self.model, job.kernels, job.compile, flops, job.dtype == FP8)
         self.optimizer = build_optimizer(self.model, job.plan.rates, self.dtype)
         self._take_over(loaded)
         del loaded  # its memory, before training needs it
         self.peak_flops: float | None = None
-        flops = job.plan.flops  # of all steps, also of a resumed run: it must not change how it computes
-        self.losses, self.mode = prepare_for_training(self.model, job.kernels, job.compile, flops, job.dtype == FP8)
         self.validation: list[MicroBatch] | None = None
         self.fence: Fence | None = None  # of this group
         self.events: EventLog | None = None
