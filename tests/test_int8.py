@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import base_eval, chat, pretrain, serve
+from jobs import base_eval, bench, chat, pretrain, serve
 from kernels import cpu_build, cpu_step, dispatch
 from nanochat_ray import cli
 from nanochat_ray.bench.decode_quality import REFERENCE, quality_figures, quality_lines
@@ -139,3 +139,17 @@ def test_bits_and_samples_of_a_base_model_can_be_those_of_int8(storage, corpus):
     assert all(sample["text"] for sample in int8["samples"])
     with pytest.raises(UsageError, match="--hf takes bf16 or fp32"):
         base_eval.main(base_eval.build_parser().parse_args(["--hf", "gpt2/", "--dtype", "int8"]))
+
+
+@pytest.mark.slow
+def test_one_command_says_what_each_dtype_costs_and_another_how_fast_it_writes(storage, corpus, capsys):
+    flags = ["--storage", storage, "--corpus", f"{storage}/text", "--quick", "--json"]
+    assert cli.run(bench.main, bench.build_parser(), ["decode", "--run", "tiny", *flags]) == 0
+    *_, table, last = capsys.readouterr().out.strip().splitlines()
+    assert "cores busy with other programs" in table
+    assert set(json.loads(last)["dtypes"]) == {REFERENCE, "bf16", "fp32", "int8"}
+    sizes = ["--vocab-size", "300", "--sequence-len", "32", "--dtype", "int8"]
+    assert cli.run(bench.main, bench.build_parser(), ["decode", *sizes, *flags]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["dtype"], figures["activations_dtype"]) == ("torch.int8", "torch.bfloat16")
+    assert all(decode["tok_per_s"] > 0 for decode in figures["decode"].values())

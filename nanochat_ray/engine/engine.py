@@ -8,7 +8,7 @@
 
 A reply does not depend on who else is there: sampling is keyed by (seed, position in the sequence), so all that can
 differ are the logits. The fused step of the CPU (`kernels/cpu_step.py`) computes every token's logits by the same
-operations in the same order in any batch, so there the reply is the same to the last bit, in fp32 and in bf16. Torch's
+operations in the same order in any batch, so there the reply is the same to the last bit, in every dtype. Torch's
 matrix products round differently for different numbers of rows: with `TorchStep` logits agree to about 1e-5 in fp32
 and 1e-2 in bf16, and a reply differs where two tokens are as close as that.
 """
