@@ -111,6 +111,8 @@ def test_training_is_measured_beside_matrix_multiplication_and_with_ray(ray_clus
     assert len(figures["bare_runs_tok_per_s"]) == 2
     assert 0 < figures["step_of_peak"] < 1.5
     assert figures["cost_of_ray"] == pytest.approx(1 - figures["ray_tok_per_s"] / figures["step_tok_per_s"], abs=1e-3)
+    assert figures["update_s"] > 0
+    assert 0 < figures["update_of_large_step"] < 1
     memory = figures["memory"]
     assert memory["bound"] == sum(memory[part] for part in ("weights", "optimizer", "activations", "allowance"))
     assert memory["worker_peak"] > memory["weights"]

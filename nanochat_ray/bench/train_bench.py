@@ -1,55 +1,31 @@
 """The training step beside the machine's matrix multiplication, and the same steps through Ray Train and Ray Data."""
 
-import os
 import tempfile
-import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from statistics import median
 from typing import Any
 
-import torch
-
+from nanochat_ray.bench.bare_training import WARMUP_STEPS, BareRun, bare_loop
 from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.cluster import connect
-from nanochat_ray.data.corpus import Corpus, Unit
-from nanochat_ray.device import FP8, gemm_peak, pick_device, pick_dtype
-from nanochat_ray.model.execution import prepare_for_training
-from nanochat_ray.model.optim import build_optimizer
+from nanochat_ray.data.corpus import Corpus
 from nanochat_ray.plan import Plan
 from nanochat_ray.storage import Folder
-from nanochat_ray.stream.cursor import Cursor, RowId, StreamIdentity
-from nanochat_ray.stream.rows import MicroBatch, PretrainingRows, micro_batches, to_inputs_and_targets
+from nanochat_ray.stream.cursor import RowId
+from nanochat_ray.stream.rows import PretrainingRows, micro_batches
 from nanochat_ray.tokenizer import Tokenizer
-from nanochat_ray.train.checkpoint import build_model
 from nanochat_ray.train.events import read_events
 from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import Lease
 from nanochat_ray.train.loop import Cadence
 from nanochat_ray.train.ray_trainer import run_training
-from nanochat_ray.train.step import World, run_step
 
-WARMUP_STEPS = 3
 NEVER = 10**9
-PEAK_GOAL, RAY_GOAL = 0.5, 0.05
+PEAK_GOAL, UPDATE_GOAL, RAY_GOAL = 0.5, 0.08, 0.05
+LARGE_BATCH_TOKENS = 2**16  # of the steps that the update must not take much of
 PROCESS_ALLOWANCE = 10**9  # bytes: the interpreter, torch, Ray and what they keep
 WORKER_NAME = "TrainWorker"  # Ray writes the actor's class into the process's title
-
-
-@dataclass(frozen=True)
-class BareRun:
-    """What one process measured without Ray: per warm step its seconds, and beside them the machine's own speed."""
-
-    process: int
-    device: str
-    dtype: str
-    mode: str
-    threads: int
-    gemm_flops: list[float]
-    forward_backward_s: list[float]  # of one micro-batch
-    step_s: list[float]  # of `micro_batches` forward and backward passes and the update
 
 
 def measure_training(
@@ -84,11 +60,14 @@ def measure_training(
             compile=compile,
             fence=lease.fence,
         )
-        bare = [in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, kernels, compile)]
+        rows = micro_batches(source, corpus.train, plan.micro_batch_rows, RowId(0, 0, 0), plan.seed)
+        batches = list(islice(rows, plan.steps * plan.micro_batches))
+        arguments = (plan, batches, job.identity, dtype, kernels, compile)
+        bare = [in_fresh_process(bare_loop, *arguments)]
         with connect(None, workers=1) as cluster:
             run_training(job, cluster, (1, 1))
         steps = [event for event in read_events(job.stage) if event["kind"] == "step"][WARMUP_STEPS:]
-        bare.append(in_fresh_process(bare_loop, plan, source, corpus.train, job.identity, dtype, kernels, compile))
+        bare.append(in_fresh_process(bare_loop, *arguments))
     bare_peak = max(watch.peaks[run.process][1] for run in bare)
     return _figures(plan, bare, steps) | {
         "memory": _memory(plan, bare[0].dtype) | {"worker_peak": watch.peak_of(WORKER_NAME), "bare_peak": bare_peak},
@@ -96,62 +75,12 @@ def measure_training(
     }
 
 
-def bare_loop(
-    plan: Plan,
-    source: PretrainingRows,
-    units: Sequence[Unit],
-    identity: StreamIdentity,
-    dtype_name: str | None,
-    kernels: str,
-    compile: str,
-) -> BareRun:
-    """The plan's steps in this process, without Ray.
-
-    Before each: the speed of matrix multiplication, and one micro-batch forward and backward without an update.
-    """
-    device, _ = pick_device()
-    dtype, _ = pick_dtype(device, dtype_name)
-    if device.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
-    model = build_model(plan)
-    model.to(device).set_dtype(dtype)
-    losses, mode = prepare_for_training(model, kernels, compile, plan.flops, dtype_name == FP8)
-    optimizer = build_optimizer(model, plan.rates, dtype)
-
-    def summed_loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        return losses(inputs_BT, targets_BT, reduction="sum")
-
-    def forward_backward(micro_batch: MicroBatch) -> None:
-        inputs_BT, targets_BT = map(torch.from_numpy, to_inputs_and_targets(micro_batch.tokens_MT))
-        summed_loss(inputs_BT.to(device), targets_BT.to(device)).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wanted = plan.steps * plan.micro_batches
-    batches = list(islice(micro_batches(source, units, plan.micro_batch_rows, RowId(0, 0, 0), plan.seed), wanted))
-    stream, cursor, world = iter(batches), Cursor(identity), World(0, 1, device)
-    gemms, passes, steps = [], [], []
-    for _ in range(plan.steps):
-        gemm_peak.cache_clear()
-        gemms.append(gemm_peak(device, dtype))
-        began = time.perf_counter()
-        forward_backward(batches[0])
-        passes.append(time.perf_counter() - began)
-        optimizer.zero_grad(set_to_none=True)
-        began = time.perf_counter()
-        result = run_step(plan, summed_loss, optimizer, cursor, 0, stream, world)
-        steps.append(time.perf_counter() - began)
-        cursor = cursor.advanced(result.last_row, plan.batch_tokens)
-    warm = slice(WARMUP_STEPS, None)
-    threads = torch.get_num_threads()
-    return BareRun(os.getpid(), str(device), str(dtype), mode, threads, gemms[warm], passes[warm], steps[warm])
-
-
 def _figures(plan: Plan, bare: list[BareRun], ray_steps: list[dict[str, Any]]) -> dict[str, Any]:
     peak = median(flops for run in bare for flops in run.gemm_flops)
     micro_batch_tokens = plan.batch_tokens // plan.micro_batches
     forward_backward = micro_batch_tokens / median(seconds for run in bare for seconds in run.forward_backward_s)
     step = plan.batch_tokens / median(seconds for run in bare for seconds in run.step_s)
+    update_s = median(seconds for run in bare for seconds in run.update_s)
     ray = plan.batch_tokens / median(event["seconds"] for event in ray_steps)
 
     def of_peak(tokens_per_s: float) -> float:
@@ -175,6 +104,8 @@ def _figures(plan: Plan, bare: list[BareRun], ray_steps: list[dict[str, Any]]) -
         "forward_backward_of_peak": of_peak(forward_backward),
         "step_tok_per_s": round(step, 1),
         "step_of_peak": of_peak(step),
+        "update_s": round(update_s, 4),
+        "update_of_large_step": round(update_s / (update_s + LARGE_BATCH_TOKENS / forward_backward), 4),
         "bare_runs_tok_per_s": [round(plan.batch_tokens / median(run.step_s), 1) for run in bare],
         "ray_tok_per_s": round(ray, 1),
         "ray_of_peak": of_peak(ray),
@@ -213,6 +144,11 @@ def training_lines(figures: dict[str, Any]) -> list[Line]:
             f"step of {figures['micro_batches']} micro-batches with update",
             f"{figures['step_tok_per_s']:,.0f} tok/s",
             f"{figures['step_of_peak']:.1%} {goal}; the two runs had {first:,.0f} and {second:,.0f}",
+        ),
+        Line(
+            "the update alone",
+            f"{figures['update_s'] * 1e3:,.0f} ms",
+            f"{figures['update_of_large_step']:.1%} of steps of {LARGE_BATCH_TOKENS:,} tokens (goal ≤ {UPDATE_GOAL:.0%})",
         ),
         Line(
             "the same through Ray Train and Ray Data",
