@@ -148,7 +148,7 @@ def training_lines(figures: dict[str, Any]) -> list[Line]:
         Line(
             "the update alone",
             f"{figures['update_s'] * 1e3:,.0f} ms",
-            f"{figures['update_of_large_step']:.1%} of steps of {LARGE_BATCH_TOKENS:,} tokens (goal ≤ {UPDATE_GOAL:.0%})",
+            f"{figures['update_of_large_step']:.1%} of a step of {LARGE_BATCH_TOKENS:,} (goal ≤ {UPDATE_GOAL:.0%})",
         ),
         Line(
             "the same through Ray Train and Ray Data",
