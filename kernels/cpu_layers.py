@@ -11,8 +11,6 @@ kernels/cpu_build.py compiles at first use. It cannot be traced by torch.compile
 """
 
 import ctypes
-import functools
-import os
 import sys
 from collections.abc import Callable
 from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
@@ -22,6 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels import cpu_build
+from kernels.cpu_crew import address, crew_of
 from nanochat_ray.errors import UserError
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan.shape import ModelShape
@@ -94,10 +93,13 @@ class CpuLayers(Operations):
 
     Args:
         extra_flags: for the compiler; tests use them to get the code of other machines.
+
+    Raises:
+        UserError: this machine cannot compile it; see `why_not`.
     """
 
     def __init__(self, extra_flags: tuple[str, ...] = ()):
-        self._flags = extra_flags
+        self._library = cpu_build.load(SOURCES, extra_flags)
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         if not _known(x) or x.shape[-1] % LANES:
@@ -142,20 +144,12 @@ class CpuLayers(Operations):
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Run a function of the library."""
-        library, team = _team(os.getpid(), torch.get_num_threads(), self._flags)
-        if getattr(library, f"cpu_layers_{name}")(team, dtype == torch.bfloat16, *arguments):
+        team = crew_of(self._library, "cpu_layers_new")
+        if getattr(self._library, f"cpu_layers_{name}")(team, dtype == torch.bfloat16, *arguments):
             raise MemoryError(f"no memory for {name} on the CPU")
 
 
 Call = Callable[..., None]
-
-
-@functools.cache
-def _team(process: int, threads: int, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, c_void_p]:
-    """The library and its threads, which are made once; a process that was forked needs new ones."""
-    library = cpu_build.load(SOURCES, flags)
-    library.cpu_layers_new.restype = c_void_p
-    return library, c_void_p(library.cpu_layers_new(threads))
 
 
 def _known(*tensors: torch.Tensor) -> bool:
@@ -174,16 +168,12 @@ def _by_token(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def _address(x: torch.Tensor | None) -> c_void_p:
-    return c_void_p(None if x is None else x.data_ptr())
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         x = x.contiguous()
         y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        call("norm", x.dtype, c_int64(inverse.numel()), x.shape[-1], _address(x), _address(y), _address(inverse))
+        call("norm", x.dtype, c_int64(inverse.numel()), x.shape[-1], address(x), address(y), address(inverse))
         ctx.call = call
         ctx.save_for_backward(y, inverse)
         return y
@@ -193,7 +183,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
         y, inverse = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(y)
-        addresses = map(_address, (y, inverse, dy, dx))
+        addresses = map(address, (y, inverse, dy, dx))
         ctx.call("norm_backward", y.dtype, c_int64(inverse.numel()), y.shape[-1], *addresses)
         return None, dx
 
@@ -214,7 +204,7 @@ class _MixedNorm(torch.autograd.Function):
         mix, normed = torch.empty_like(x), torch.empty_like(x)
         inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
         weights = tuple(1.0 if weight is None else weight.item() for weight in (x_weight, y_weight))
-        arguments = _Mix(x.shape[-1], *weights, *map(_address, (x, y, mix, normed, inverse)))
+        arguments = _Mix(x.shape[-1], *weights, *map(address, (x, y, mix, normed, inverse)))
         call("mix", x.dtype, c_int64(inverse.numel()), byref(arguments))
         ctx.call, ctx.weights = call, weights
         learn_x, learn_y = ctx.needs_input_grad[3:]
@@ -233,8 +223,8 @@ class _MixedNorm(torch.autograd.Function):
         sums = inverse.new_empty(2, -(-count // TOKENS_PER_PIECE))
         arguments = _Mix(
             normed.shape[-1], *ctx.weights,
-            *map(_address, (x, y, None, normed, inverse, dmix, dnormed, dx, None if dy is dx else dy)),
-            _address(None if x is None else sums[0]), _address(None if y is None else sums[1]),
+            *map(address, (x, y, None, normed, inverse, dmix, dnormed, dx, None if dy is dx else dy)),
+            address(None if x is None else sums[0]), address(None if y is None else sums[1]),
         )  # fmt: skip
         ctx.call("mix_backward", normed.dtype, c_int64(count), byref(arguments))
         totals = sums.sum(dim=1, dtype=torch.float64)
@@ -270,8 +260,8 @@ class _GatedSum(torch.autograd.Function):
 
 def _gate(value: torch.Tensor, gate: torch.Tensor, gate_range: float, **others: torch.Tensor) -> _Gate:
     stride = others["v"].stride(1) if "v" in others else 0
-    addresses = {name: _address(tensor) for name, tensor in others.items()}
-    return _Gate(*value.shape[2:], gate_range, v_stride=stride, e=_address(value), gates=_address(gate), **addresses)
+    addresses = {name: address(tensor) for name, tensor in others.items()}
+    return _Gate(*value.shape[2:], gate_range, v_stride=stride, e=address(value), gates=address(gate), **addresses)
 
 
 class _RotatedNorm(torch.autograd.Function):
@@ -284,8 +274,8 @@ class _RotatedNorm(torch.autograd.Function):
         x, cosines, sines = _by_token(x), cosines.contiguous(), sines.contiguous()
         y = torch.empty(x.shape, dtype=x.dtype)
         inverse = torch.empty(x.shape[:-1])
-        table = cosines.numel() // cosines.shape[-1], _address(cosines), _address(sines)
-        arguments = _Rotation(*x.shape[2:], scale, *table, _address(x), x.stride(1), _address(y), _address(inverse))
+        table = cosines.numel() // cosines.shape[-1], address(cosines), address(sines)
+        arguments = _Rotation(*x.shape[2:], scale, *table, address(x), x.stride(1), address(y), address(inverse))
         call("rotate", x.dtype, c_int64(x.shape[0] * x.shape[1]), byref(arguments))
         ctx.call, ctx.scale = call, scale
         ctx.save_for_backward(y, inverse, cosines, sines)
@@ -296,8 +286,8 @@ class _RotatedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Gradient, ...]:  # type: ignore[override]
         y, inverse, cosines, sines = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(y)
-        table = cosines.numel() // cosines.shape[-1], _address(cosines), _address(sines)
-        arguments = _Rotation(*y.shape[2:], ctx.scale, *table, None, 0, *map(_address, (y, inverse, dy, dx)))
+        table = cosines.numel() // cosines.shape[-1], address(cosines), address(sines)
+        arguments = _Rotation(*y.shape[2:], ctx.scale, *table, None, 0, *map(address, (y, inverse, dy, dx)))
         ctx.call("rotate_backward", y.dtype, c_int64(y.shape[0] * y.shape[1]), byref(arguments))
         return None, dx, None, None, None
 
@@ -307,7 +297,7 @@ class _SquaredReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        call("squared_relu", x.dtype, c_int64(x.numel()), _address(x))
+        call("squared_relu", x.dtype, c_int64(x.numel()), address(x))
         ctx.mark_dirty(x)
         ctx.call = call
         ctx.save_for_backward(x)
@@ -318,7 +308,7 @@ class _SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
         (y,) = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(y)
-        ctx.call("squared_relu_backward", y.dtype, c_int64(y.numel()), *map(_address, (y, dy, dx)))
+        ctx.call("squared_relu_backward", y.dtype, c_int64(y.numel()), *map(address, (y, dy, dx)))
         return None, dx
 
 
@@ -350,4 +340,4 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, *
     rows, length, heads, size = q.shape
     strides = (x.stride(1) for x in (q, k, v))
     sizes = rows, length, heads, k.shape[2], size, min(window, length)
-    return _Attention(*sizes, *map(_address, (q, k, v)), *strides, *map(_address, others))
+    return _Attention(*sizes, *map(address, (q, k, v)), *strides, *map(address, others))
