@@ -46,8 +46,8 @@ def test_gpus_compute_in_bf16_from_sm_80_on(monkeypatch):
 
 def test_a_chosen_dtype_wins_and_an_unknown_one_is_wrong_usage():
     assert pick_dtype(CPU, "bf16") == (torch.bfloat16, "chosen")
-    with pytest.raises(UsageError, match="'fp8' is not one of bf16, fp32"):
-        pick_dtype(CPU, "fp8")
+    with pytest.raises(UsageError, match="'fp4' is not one of bf16, fp32"):
+        pick_dtype(CPU, "fp4")
 
 
 @pytest.mark.parametrize(
