@@ -2,12 +2,15 @@
 
     model.use_operations(CpuLayers()); model(ids_BT, targets_BT).backward()
 
-MEASURED
+Matrix products are torch's (oneDNN), but those of attention. Arithmetic is fp32 whatever the dtype of the tensors;
+every sum is made in one order, so results depend neither on the number of threads nor on timing. What a method does not
+know (another device, dtype, or a size that is no multiple of 16) it leaves to the plain operation. The code is in
+kernels/cpu_layers/, which kernels/cpu_build.py compiles. torch.compile cannot look into it.
 
-Matrix products are torch's (oneDNN). Arithmetic is fp32 whatever the dtype of the tensors; every sum is made in one
-order, so results depend neither on the number of threads nor on timing. What a method does not know (another device,
-dtype, or a size that is no multiple of 16) it leaves to the plain operation. The code is in kernels/cpu_layers/, which
-kernels/cpu_build.py compiles at first use. It cannot be traced by torch.compile.
+Measured on two Zen 4 cores, 8 rows × 512 tokens, bf16, forward and backward of all layers: at depth 4, 316 ms against
+576 of torch and 419 of torch.compile; at depth 6, 1.01 s against 1.76 and 1.65. Attention alone is 3.3 to 5 times as
+fast as torch's at 512 tokens and 2.4 to 4 times at 2048 (in fp32, 1.3 to 3.8 times); the activations that are kept for
+the backward pass take 110 MB instead of 306 at depth 4, 249 instead of 674 at depth 6.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
 // Causal attention with a sliding window, forward and backward, of one head at a time.
 //
-// Scores exist for 16 queries (forward) or 64 keys times 256 queries (backward) and the keys their window reaches. They
-// are made with a query in each lane, so maxima, sums and gradients of the softmax need no work across lanes: S = K·Qᵀ,
-// Y = Vᵀ·P forward; P and dP = V·dYᵀ again backward, dV = P·dY, dK = dS·Q, dQ = Kᵀ·dS. Tiles of 16 × 16 that no query sees
-// are skipped. Every sum is made by one thread in one order.
+// Scores exist for 16 queries and the keys their window reaches (forward), or for 64 keys and 256 queries (backward).
+// They are made with a query in each lane, so the softmax and its gradient need no work across lanes: S = K·Qᵀ,
+// Y = Vᵀ·P; backward S again, dP = V·dYᵀ, dV = P·dY, dK = dS·Q, dQ = Kᵀ·dS. Tiles of 16 × 16 in which no query sees a
+// key are skipped. Every sum is made by one thread in one order.
 #pragma once
 
 #include <algorithm>
@@ -114,7 +114,7 @@ struct Forward : Head<T> {
     void attend(const Element* q, int t, const uint32_t* keys, const uint32_t* channels, Element* y, size_t token,
                 float* log_sums) {
         const int first = t * SIDE, count = std::min(SIDE, c.length - first);
-        const int first_tile = std::max(0, first - std::min(c.window, first)) / SIDE, seen = (t + 1 - first_tile) * SIDE;
+        const int first_tile = std::max(0, first - c.window) / SIDE, seen = (t + 1 - first_tile) * SIDE;
         tiles::copy_rows<T>(q, c.q_stride, count, c.size, query_rows);
         tiles::rows_to_columns<T>(query_rows, SIDE, c.size, query_columns);
         Lanes highest = simd::broadcast(-INFINITE);
@@ -236,10 +236,11 @@ struct Backward : Head<T> {
             int to = queries_to;
             while (to > from && !c.sees(to - 1, key_tile)) to--;
             if (from >= to) continue;
-            const size_t rows = (size_t)(key_tile - keys_from) * SIDE * CHUNK_WORDS + (from - queries_from) * SIDE / WORD<T>;
+            const size_t column = (from - queries_from) * SIDE / WORD<T>;
+            const size_t rows = (size_t)(key_tile - keys_from) * SIDE * CHUNK_WORDS + column;
             const int count = (to - from) * SIDE / WORD<T>;
             for (int channel = 0; channel < c.size; channel += SIDE) {
-                const size_t panel = (size_t)channel / SIDE * (padded / WORD<T>) * SIDE + (size_t)from * SIDE / WORD<T> * SIDE;
+                const size_t panel = ((size_t)channel / SIDE * padded + (size_t)from * SIDE) / WORD<T> * SIDE;
                 const size_t sum = ((size_t)key_tile * c.size + channel) * SIDE;
                 tiles::multiply<T, true>(weights + rows, CHUNK_WORDS, dy_pairs + panel, count, dv + sum);
                 tiles::multiply<T, true>(gradients + rows, CHUNK_WORDS, query_pairs + panel, count, dk + sum);
@@ -277,17 +278,18 @@ struct Backward : Head<T> {
         for (int t = 0; t < c.tiles(); t++)
             for (int channel = 0; channel < c.size; channel += SIDE)
                 tiles::write_rows<T>(dq + ((size_t)t * c.size + channel) * SIDE, simd::broadcast(c.scale()),
-                                     std::min(SIDE, c.length - t * SIDE), to + (size_t)t * SIDE * token + channel, token);
+                                     std::min(SIDE, c.length - t * SIDE),
+                                     to + (size_t)t * SIDE * token + channel, token);
     }
 
     void write_sums(const float* sums, float scale, void* tensor, int row, int kv_head) {
         const size_t token = (size_t)c.kv_heads * c.size;
         Element* const to = const_cast<Element*>(this->rows(tensor, token, row, kv_head));
         for (int key = 0; key < c.length; key++)
-            for (int channel = 0; channel < c.size; channel += SIDE)
-                T::write(to + key * token + channel,
-                         simd::load<Lanes>(sums + ((size_t)(key / SIDE) * c.size + channel) * SIDE + key % SIDE * SIDE) *
-                             simd::broadcast(scale));
+            for (int channel = 0; channel < c.size; channel += SIDE) {
+                const float* const sum = sums + ((size_t)(key / SIDE) * c.size + channel) * SIDE + key % SIDE * SIDE;
+                T::write(to + key * token + channel, simd::load<Lanes>(sum) * simd::broadcast(scale));
+            }
     }
 
     uint32_t *keys, *values, *some_rows, *query_columns, *query_pairs, *dy_columns, *dy_pairs, *key_channels;

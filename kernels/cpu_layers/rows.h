@@ -54,7 +54,7 @@ struct Mix {
     float* inverse;               // (count)
     const void *dmix, *dnormed;   // either may be null: zeros
     void *dx, *dy;                // dy may be null: equal to dx
-    float *x_sums, *y_sums;       // of gradient · x and gradient · y in each piece; null: not wanted
+    float *x_sums, *y_sums;       // of gradient·x and gradient·y in each piece; null: not wanted
 };
 
 template <class T>
@@ -64,7 +64,8 @@ void mix(const Mix& m, int64_t row) {
     const Element *const x = (const Element*)m.x + at, *const y = (const Element*)m.y + at;
     Element* const mixed = (Element*)m.mix + at;
     const Lanes a = simd::broadcast(m.x_weight), b = simd::broadcast(m.y_weight);
-    for (int i = 0; i < m.width; i += LANES) T::write(mixed + i, simd::multiply_add(T::read(x + i), a, T::read(y + i) * b));
+    for (int i = 0; i < m.width; i += LANES)
+        T::write(mixed + i, simd::multiply_add(T::read(x + i), a, T::read(y + i) * b));
     m.inverse[row] = norm<T>(mixed, m.width, (Element*)m.normed + at);
 }
 
@@ -146,7 +147,8 @@ void rotate_backward(const Rotation& r, int64_t token) {
         const Element *const y = (const Element*)r.y + at, *const dy = (const Element*)r.dy + at;
         Element* const dx = (Element*)r.dx + at;
         const float share = dot<T>(dy, y, r.size) / ((float)r.size * r.scale * r.scale);
-        const Lanes mean = simd::broadcast(-share), scale = simd::broadcast(r.inverse[token * r.heads + head] * r.scale);
+        const Lanes mean = simd::broadcast(-share);
+        const Lanes scale = simd::broadcast(r.inverse[token * r.heads + head] * r.scale);
         for (int i = 0; i < half; i += LANES) {
             const Lanes a = simd::multiply_add(T::read(y + i), mean, T::read(dy + i)) * scale;
             const Lanes b = simd::multiply_add(T::read(y + half + i), mean, T::read(dy + half + i)) * scale;
@@ -182,8 +184,8 @@ void squared_relu(typename T::Element* x, int64_t count) {
     }
 }
 
-// The root of the result is the ReLU itself, so nothing else need be kept: in bf16 the square is off by 2⁻⁹ at most, its
-// root by 2⁻¹⁰, which is less than half a step, so rounding it finds the number that was squared.
+// The root of the result is the ReLU itself, so nothing else need be kept: in bf16 the square is off by 2⁻⁹ at most,
+// its root by 2⁻¹⁰, which is less than half a step, so rounding it finds the number that was squared.
 template <class T>
 void squared_relu_backward(const typename T::Element* y, const typename T::Element* dy, typename T::Element* dx,
                            int64_t count) {
@@ -228,10 +230,12 @@ void gate(const Gate& g, int64_t token) {
     typedef typename T::Element Element;
     for (int head = 0; head < g.heads; head++) {
         const size_t at = ((size_t)token * g.heads + head) * g.size;
-        const Element *const e = (const Element*)g.e + at, *const v = (const Element*)g.v + token * g.v_stride + head * g.size;
+        const Element* const e = (const Element*)g.e + at;
+        const Element* const v = (const Element*)g.v + token * g.v_stride + head * g.size;
         Element* const y = (Element*)g.y + at;
         const Lanes open = simd::broadcast(g.range * sigmoid(number<T>(g.gates, token * g.heads + head)));
-        for (int i = 0; i < g.size; i += LANES) T::write(y + i, simd::multiply_add(T::read(e + i), open, T::read(v + i)));
+        for (int i = 0; i < g.size; i += LANES)
+            T::write(y + i, simd::multiply_add(T::read(e + i), open, T::read(v + i)));
     }
 }
 

@@ -71,7 +71,8 @@ inline void transpose(const uint32_t* from, size_t stride, uint32_t* to, size_t 
     }
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {  // a[4g + c] holds columns c, 4 + c, 8 + c, 12 + c of rows 4g … 4g + 3
-        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
         const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
         const __m512i high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
         _mm512_storeu_si512(to + c * to_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
@@ -137,9 +138,10 @@ void rows_to_pairs(const uint32_t* rows, int count, int size, uint32_t* to, size
     typedef typename T::Element Element;
     const Element* const from = (const Element*)rows;
     for (int r = 0; r < count; r += WORD<T>)
-        for (int c = 0; c < size; c += SIDE)
-            store(to + c / SIDE * stride + (size_t)r / WORD<T> * SIDE,
-                  pair(T(), T::read(from + (size_t)r * size + c), T::read(from + (size_t)(r + WORD<T> - 1) * size + c)));
+        for (int c = 0; c < size; c += SIDE) {
+            const Element *const first = from + (size_t)r * size + c, *const last = first + (WORD<T> - 1) * size;
+            store(to + c / SIDE * stride + (size_t)r / WORD<T> * SIDE, pair(T(), T::read(first), T::read(last)));
+        }
 }
 
 // Contiguous rows → a row of words along them for each channel, `stride` words apart. `scratch`: a panel.
@@ -149,9 +151,11 @@ void rows_to_channels(const uint32_t* rows, int count, int size, uint32_t* to, s
     const Element* const from = (const Element*)rows;
     const int words = count / WORD<T>;
     for (int c = 0; c < size; c += SIDE) {
-        for (int w = 0; w < words; w++)
-            store(scratch + (size_t)w * SIDE, pair(T(), T::read(from + (size_t)w * WORD<T> * size + c),
-                                                   T::read(from + (size_t)(w * WORD<T> + WORD<T> - 1) * size + c)));
+        for (int w = 0; w < words; w++) {
+            const Element* const first = from + (size_t)w * WORD<T> * size + c;
+            const Element* const last = first + (WORD<T> - 1) * size;
+            store(scratch + (size_t)w * SIDE, pair(T(), T::read(first), T::read(last)));
+        }
         int w = 0;
         for (; w + SIDE <= words; w += SIDE) transpose(scratch + (size_t)w * SIDE, SIDE, to + c * stride + w, stride);
         for (; w < words; w++)
