@@ -28,8 +28,23 @@ def error(ours, exact):
     return float(((ours.double() - exact).norm() / exact.norm()).detach())
 
 
+@pytest.mark.parametrize("own_products", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 13, 50])
+@pytest.mark.parametrize("vocab", [7, 32, 130])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_weights_gradient_adds_up_in_fp32(own_products, tokens, vocab):
+    draw = torch.Generator().manual_seed(0)
+    grad = torch.randn(tokens, vocab, generator=draw).bfloat16()
+    x = torch.randn(tokens, 48, generator=draw).bfloat16()
+    ours = torch.full((vocab, 48), torch.nan)
+    loss = CpuLoss(own_products=own_products)
+    loss._add_weight_gradient(ours, grad, x, first=True)
+    loss._add_weight_gradient(ours, grad, x, first=False)
+    assert error(ours, 2 * grad.double().T @ x.double()) < (1e-6 if own_products else 3e-3)
+
+
 def check_against_fp64(chunks, dtype, tokens, reduction):
-    x, weight, targets = example(tokens, dtype=dtype)
+    x, weight, targets = example(tokens, dtype=dtype, width=32)
     targets[0] = 5
     incoming = torch.rand(tokens) + 0.5 if reduction == "none" else torch.tensor(2.5)
     ours = gradients_of(x, weight, targets, reduction, incoming, chunks)
@@ -55,7 +70,7 @@ def test_losses_and_gradients_are_as_near_to_fp64_as_the_references(tokens, redu
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.usefixtures("small_chunks")
 def test_the_code_of_other_machines_computes_the_same(flags, dtype):
-    check_against_fp64(CpuLoss(flags), dtype, 50, "none")
+    check_against_fp64(CpuLoss(flags, own_products=True), dtype, 50, "none")
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 16, 17, 64, 79, 130])
@@ -73,16 +88,17 @@ def test_any_size_of_vocabulary_will_do(vocab):
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_the_number_of_threads_changes_no_bit(dtype):
     z = (9 * torch.randn(37, VOCAB)).to(dtype)
-    targets, scale = torch.randint(-1, VOCAB, (37,)), torch.rand(37)
+    targets, scale, x = torch.randint(-1, VOCAB, (37,)), torch.rand(37), torch.randn(37, 48).bfloat16()
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            own, losses = z.clone(), torch.empty(37)
+            own, losses, weight_gradient = z.clone(), torch.empty(37), torch.empty(VOCAB, 48)
             CpuLoss()._rows(own, targets, scale, losses)
+            CpuLoss(own_products=True)._add_weight_gradient(weight_gradient, own.bfloat16(), x, first=True)
         finally:
             torch.set_num_threads(1)
-        results.append((own, losses))
+        results.append((own, losses, weight_gradient))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

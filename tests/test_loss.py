@@ -11,10 +11,10 @@ from nanochat_ray.model.loss import linear_cross_entropy
 VOCAB, PADDED = 130, 192
 
 
-def example(tokens, seed=0, dtype=torch.float32):
+def example(tokens, seed=0, dtype=torch.float32, width=24):
     generator = torch.Generator().manual_seed(seed)
-    x = (3 * torch.randn(tokens, 24, generator=generator)).to(dtype).requires_grad_()
-    weight = torch.randn(PADDED, 24, generator=generator, requires_grad=True)
+    x = (3 * torch.randn(tokens, width, generator=generator)).to(dtype).requires_grad_()
+    weight = torch.randn(PADDED, width, generator=generator, requires_grad=True)
     targets = torch.randint(-1, VOCAB, (tokens,), generator=generator)
     return x, weight, targets
 

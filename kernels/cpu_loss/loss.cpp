@@ -1,4 +1,4 @@
-// The elementwise part of the softcapped cross-entropy, one row of logits at a time, while the row is in a core's cache.
+// The elementwise part of the softcapped cross-entropy: one row of logits at a time, while it is in a core's cache.
 //
 // With s = sigmoid(2z/15) the softcapped logit 15·tanh(z/15) is 30·s − 15, and its derivative 4·s·(1 − s). A row is
 // one thread's from first to last, so no bit depends on the number of threads.
@@ -178,8 +178,8 @@ template <class T>
 void run_rows(Crew& crew, void* z, int64_t rows, int64_t vocab, const int64_t* targets, const float* scale,
               float* losses, float* scratch) {
     Rows<T> job;
-    job.z = (typename T::Element*)z, job.rows = rows, job.vocab = vocab, job.targets = targets, job.scale = scale;
-    job.losses = losses, job.scratch = scratch;
+    job.z = (typename T::Element*)z, job.rows = rows, job.vocab = vocab;
+    job.targets = targets, job.scale = scale, job.losses = losses, job.scratch = scratch;
     crew.run(job);
 }
 
