@@ -8,7 +8,7 @@ prompt was cut into steps, which blocks hold it, or the number of threads. Not "
 kernels/cpu_step/, which kernels/cpu_build.py compiles at first use.
 
 Measured through the engine on two Zen 4 cores, 12 layers of width 768, vocabulary 32768, 256 tokens before the reply:
-in bf16 5.8, 4.9, 4.1 and 3.4 times plain torch's tokens/s for 1, 8, 16 and 32 replies; int8 1.6, 1.3, 1.3 and 1.3
+in bf16 3.9, 4.7, 4.0 and 3.3 times plain torch's tokens/s for 1, 8, 16 and 32 replies; int8 1.9, 1.3, 1.4 and 1.4
 times bf16. Without VNNI, AVX512-BF16 or either, int8 is the faster of the two as well. Its matrix products are equal
 to the bit on all processors; logits are not, since attention's scores are bf16, which processors round differently.
 """
