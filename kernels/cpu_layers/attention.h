@@ -39,6 +39,7 @@ struct Call {
     bool sees(int query_tile, int key_tile) const {
         return key_tile <= query_tile && SIDE * (query_tile - key_tile) < SIDE + (int64_t)window;
     }
+    int first_seen(int query_tile) const { return std::max(0, query_tile * SIDE - window) / SIDE; }
     // Whether each query of a tile sees each key of another.
     bool sees_all(int query_tile, int key_tile) const {
         return key_tile < query_tile && SIDE * (query_tile - key_tile) + SIDE - 1 <= (int64_t)window;
@@ -114,7 +115,7 @@ struct Forward : Head<T> {
     void attend(const Element* q, int t, const uint32_t* keys, const uint32_t* channels, Element* y, size_t token,
                 float* log_sums) {
         const int first = t * SIDE, count = std::min(SIDE, c.length - first);
-        const int first_tile = std::max(0, first - c.window) / SIDE, seen = (t + 1 - first_tile) * SIDE;
+        const int first_tile = c.first_seen(t), seen = (t + 1 - first_tile) * SIDE;
         tiles::copy_rows<T>(q, c.q_stride, count, c.size, query_rows);
         tiles::rows_to_columns<T>(query_rows, SIDE, c.size, query_columns);
         Lanes highest = simd::broadcast(-INFINITE);
@@ -179,22 +180,22 @@ struct Backward : Head<T> {
         tiles::copy_rows<T>(this->rows(c.k, c.k_stride, row, kv_head), c.k_stride, c.length, c.size, keys);
         tiles::copy_rows<T>(this->rows(c.v, c.v_stride, row, kv_head), c.v_stride, c.length, c.size, values);
         tiles::rows_to_channels<T>(keys, padded, c.size, key_channels, stride, scratch);
-        std::fill(dk, dk + sums, 0.0f);
-        std::fill(dv, dv + sums, 0.0f);
-        const int group = c.heads / c.kv_heads;
-        for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        const int group = c.heads / c.kv_heads, last_head = (kv_head + 1) * group - 1;
+        for (int head = kv_head * group; head <= last_head; head++) {
             take_queries(row, head);
             for (int block = 0; block < c.tiles(); block += BLOCK_TILES) {
                 const int keys_end = std::min(block + BLOCK_TILES, c.tiles());
                 int queries_end = c.tiles();
                 while (!c.sees(queries_end - 1, keys_end - 1)) queries_end--;
                 for (int chunk = block; chunk < queries_end; chunk += CHUNK_TILES)
-                    meet(block, keys_end, chunk, std::min(chunk + CHUNK_TILES, queries_end));
+                    meet(block, keys_end, chunk, std::min(chunk + CHUNK_TILES, queries_end),
+                         head > kv_head * group || chunk > block);
+                write_query_gradients(row, head, block, keys_end);  // later keys they do not see
+                if (head < last_head) continue;
+                write_sums(dk, c.scale(), c.dk, row, kv_head, block, keys_end);
+                write_sums(dv, 1.0f, c.dv, row, kv_head, block, keys_end);
             }
-            write_query_gradients(row, head);
         }
-        write_sums(dk, c.scale(), c.dk, row, kv_head);
-        write_sums(dv, 1.0f, c.dv, row, kv_head);
     }
 
     void take_queries(int row, int head) {
@@ -215,21 +216,20 @@ struct Backward : Head<T> {
                                            T::read((const Element*)some_rows + (size_t)t * c.size + channel), total);
             dots[t] = simd::sum(total);
         }
-        std::fill(dq, dq + (size_t)padded * c.size, 0.0f);
     }
 
-    // Adds what a block of keys and a chunk of queries (tiles from … to − 1) have to do with each other.
-    void meet(int keys_from, int keys_to, int queries_from, int queries_to) {
+    // What a block of keys and a chunk of queries (tiles from … to − 1) have to do with each other; `more`: is added to
+    // the keys' sums, which are begun otherwise.
+    void meet(int keys_from, int keys_to, int queries_from, int queries_to, bool more) {
         for (int t = queries_from; t < queries_to; t++) {
-            int from = keys_from, to = std::min(keys_to, t + 1);
-            while (from < to && !c.sees(t, from)) from++;
-            if (from == to) continue;
+            const int from = std::max(keys_from, c.first_seen(t)), to = std::min(keys_to, t + 1);
+            if (from >= to) continue;
             for (int key_tile = from; key_tile < to; key_tile++)
                 weigh(t, key_tile, key_tile - keys_from, t - queries_from);
             for (int channel = 0; channel < c.size; channel += SIDE)
-                tiles::multiply<T, true>(key_channels + channel * stride + from * SIDE / WORD<T>, stride,
-                                         gradient_pairs + (from - keys_from) * SIDE / WORD<T> * SIDE,
-                                         (to - from) * SIDE / WORD<T>, dq + ((size_t)t * c.size + channel) * SIDE);
+                tiles::multiply<T>(from > c.first_seen(t), key_channels + channel * stride + from * SIDE / WORD<T>,
+                                   stride, gradient_pairs + (from - keys_from) * SIDE / WORD<T> * SIDE,
+                                   (to - from) * SIDE / WORD<T>, dq + ((size_t)t * c.size + channel) * SIDE);
         }
         for (int key_tile = keys_from; key_tile < keys_to; key_tile++) {
             const int from = std::max(queries_from, key_tile);
@@ -242,8 +242,8 @@ struct Backward : Head<T> {
             for (int channel = 0; channel < c.size; channel += SIDE) {
                 const size_t panel = ((size_t)channel / SIDE * padded + (size_t)from * SIDE) / WORD<T> * SIDE;
                 const size_t sum = ((size_t)key_tile * c.size + channel) * SIDE;
-                tiles::multiply<T, true>(weights + rows, CHUNK_WORDS, dy_pairs + panel, count, dv + sum);
-                tiles::multiply<T, true>(gradients + rows, CHUNK_WORDS, query_pairs + panel, count, dk + sum);
+                tiles::multiply<T>(more, weights + rows, CHUNK_WORDS, dy_pairs + panel, count, dv + sum);
+                tiles::multiply<T>(more, gradients + rows, CHUNK_WORDS, query_pairs + panel, count, dk + sum);
             }
         }
     }
@@ -272,20 +272,21 @@ struct Backward : Head<T> {
         }
     }
 
-    void write_query_gradients(int row, int head) {
+    // Of tiles first … last − 1, as all that follow.
+    void write_query_gradients(int row, int head, int first, int last) {
         const size_t token = (size_t)c.heads * c.size;
         Element* const to = const_cast<Element*>(this->rows(c.dq, token, row, head));
-        for (int t = 0; t < c.tiles(); t++)
+        for (int t = first; t < last; t++)
             for (int channel = 0; channel < c.size; channel += SIDE)
                 tiles::write_rows<T>(dq + ((size_t)t * c.size + channel) * SIDE, simd::broadcast(c.scale()),
                                      std::min(SIDE, c.length - t * SIDE),
                                      to + (size_t)t * SIDE * token + channel, token);
     }
 
-    void write_sums(const float* sums, float scale, void* tensor, int row, int kv_head) {
+    void write_sums(const float* sums, float scale, void* tensor, int row, int kv_head, int first, int last) {
         const size_t token = (size_t)c.kv_heads * c.size;
         Element* const to = const_cast<Element*>(this->rows(tensor, token, row, kv_head));
-        for (int key = 0; key < c.length; key++)
+        for (int key = first * SIDE; key < std::min(c.length, last * SIDE); key++)
             for (int channel = 0; channel < c.size; channel += SIDE) {
                 const float* const sum = sums + ((size_t)(key / SIDE) * c.size + channel) * SIDE + key % SIDE * SIDE;
                 T::write(to + key * token + channel, simd::load<Lanes>(sum) * simd::broadcast(scale));

@@ -51,6 +51,11 @@ inline void multiply(const uint32_t* rows, size_t stride, const uint32_t* panel,
         some_rows<T, SIDE % MOST, ADD>(rows + row * stride, stride, panel, words, out + row * LANES);
 }
 
+template <class T>
+inline void multiply(bool add, const uint32_t* rows, size_t stride, const uint32_t* panel, int words, float* out) {
+    add ? multiply<T, true>(rows, stride, panel, words, out) : multiply<T, false>(rows, stride, panel, words, out);
+}
+
 #if defined(__AVX512F__) && !defined(PORTABLE)
 // to[c][r] = from[r][c] of 16 × 16 words; in registers.
 inline void transpose(const uint32_t* from, size_t stride, uint32_t* to, size_t to_stride) {
