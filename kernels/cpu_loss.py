@@ -117,9 +117,7 @@ class CpuLoss(ChunkedLoss):
         scratch = None if scale_C is None else torch.empty(torch.get_num_threads(), -(-vocab // _LANES) * _LANES)
         pointers = map(address, (targets_C, scale_C, losses_C, scratch))
         sizes = c_int64(rows), c_int64(vocab)
-        self._library.cpu_loss_rows(
-            crew_of(self._library, "cpu_loss_crew"), z_CV.dtype == torch.bfloat16, address(z_CV), *sizes, *pointers
-        )
+        self._library.cpu_loss_rows(self._crew(), z_CV.dtype == torch.bfloat16, address(z_CV), *sizes, *pointers)
 
     def _add_weight_gradient(
         self, sum_VD: torch.Tensor, grad_CV: torch.Tensor, x_CD: torch.Tensor, first: bool
