@@ -29,6 +29,7 @@ SHARED = "cpu"  # headers of all
 # No contraction: where the compiler fused a·b + c on its own, it would do so in one loop and not in another, and equal
 # tokens would get unequal bits.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
+_DIGEST_BYTES = 32
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -42,8 +43,8 @@ def load(kernel: str, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiler = find_compiler()
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler, *FLAGS, native, *extra_flags]
-    target = cache_folder() / f"{kernel}-{_fingerprint(kernel, command)}.so"
-    if not target.is_file():
+    target = cache_folder() / f"{kernel}-{_fingerprint(kernel, compiler, command)}.so"
+    if not _is_whole(target):
         compile_to(target, kernel, command)
     try:
         return ctypes.CDLL(str(target))
@@ -61,7 +62,10 @@ def find_compiler() -> list[str]:
     Raises:
         UserError: there is none.
     """
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise UserError(f"no C++ compiler: $CXX is {os.environ['CXX']!r}, which is no command ({error})") from error
     for candidate in [chosen] if chosen else [[name] for name in COMPILERS]:
         if shutil.which(candidate[0]):
             return candidate
@@ -81,15 +85,41 @@ def compile_to(target: Path, kernel: str, command: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder, target.name)
             sources = [str(path) for path in sorted((SOURCES / kernel).glob("*.cpp"))]
-            run = subprocess.run(
-                [*command, f"-I{SOURCES / SHARED}", *sources, "-o", str(made)],
-                capture_output=True, text=True, errors="replace",
-            )  # fmt: skip
-            if run.returncode:
-                raise UserError(f"{command[0]} cannot compile the CPU kernel: {_first_error(run.stderr)}")
+            output = _run([*command, f"-I{SOURCES / SHARED}", *sources, "-o", str(made)])
+            if not made.is_file():
+                raise UserError(f"{shlex.join(command)} made no library: {_first_error(output)}")
+            with made.open("r+b") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+                file.write(digest)  # behind the library, where the loader does not look
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(made, target)
     except OSError as error:
         raise UserError(f"the CPU kernel cannot be kept in {target.parent}: {error}; set XDG_CACHE_HOME") from error
+
+
+def _run(command: Sequence[str]) -> str:
+    """What the compiler says.
+
+    Raises:
+        UserError: it cannot be run, or fails.
+    """
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise UserError(f"no C++ compiler: {command[0]} cannot be run: {error}") from error
+    if run.returncode:
+        raise UserError(f"{command[0]} cannot compile the CPU kernel: {_first_error(run.stderr)}")
+    return run.stdout + run.stderr
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a library was kept and nothing is missing: a truncated one would end the process with a bus error."""
+    try:
+        kept = target.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(kept[:-_DIGEST_BYTES]).digest() == kept[-_DIGEST_BYTES:]
 
 
 def _first_error(output: str) -> str:
@@ -97,12 +127,12 @@ def _first_error(output: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
 
 
-def _fingerprint(kernel: str, command: Sequence[str]) -> str:
+def _fingerprint(kernel: str, compiler: Sequence[str], command: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted([*(SOURCES / SHARED).glob("*"), *(SOURCES / kernel).iterdir()]):
         digest.update(path.name.encode() + path.read_bytes())
-    version = subprocess.run([command[0], "--version"], capture_output=True).stdout
-    for part in (shlex.join(command).encode(), version, _processor()):
+    version = _run([*compiler, "--version"])
+    for part in (shlex.join(command).encode(), version.encode(), _processor()):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:24]
 

@@ -94,6 +94,36 @@ def test_a_damaged_library_says_what_to_delete(small_source, monkeypatch):
         cpu_build.load("cpu_step")
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.0, 0.999])
+def test_a_library_that_was_cut_off_is_compiled_again(small_source, keep):
+    cpu_build.load("cpu_step")
+    (target,) = kept()
+    whole = target.read_bytes()
+    target.unlink()  # the file that this process has loaded stays as it is
+    target.write_bytes(whole[: int(keep * len(whole))])
+    cpu_build.load.cache_clear()
+    assert cpu_build.load("cpu_step").answer() == 42
+    assert kept() == [target]
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        ("g++ 'x", r"\$CXX is \"g\+\+ 'x\", which is no command \(No closing quotation\)"),
+        ("{script}", r"no C\+\+ compiler: .*script cannot be run: .*Exec format error"),
+        ("true", "true .* made no library: it said nothing"),
+    ],
+)
+def test_what_is_no_compiler_is_told_from_one(small_source, tmp_path, monkeypatch, compiler, why):
+    script = tmp_path / "script"
+    script.write_text("no program\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", compiler.format(script=script))
+    with pytest.raises(UserError, match=why):
+        cpu_build.load("cpu_step")
+
+
 def test_importing_it_costs_no_torch():
     code = "import sys, kernels.cpu_build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_ray.errors import UsageError, UserError
-from nanochat_ray.model import execution
 from nanochat_ray.model.execution import prepare_for_training
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from tests import reference_model
@@ -195,10 +194,10 @@ def test_where_nothing_faster_works_training_runs_eagerly_and_says_why(monkeypat
     model = lively_model(TINY)
     assert prepare_for_training(model, "off", "off") == (model, "eager: compiling is switched off")
     assert prepare_for_training(model, "off")[1].startswith("eager: our kernels are switched off, and compiling pays")
-    monkeypatch.setattr(execution.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
     losses, mode = prepare_for_training(model, "off", "on")
     assert losses is model
-    assert mode == "eager: torch.compile needs a C++ compiler and found neither g++ nor clang++"
+    assert mode.startswith("eager: torch.compile cannot work: no C++ compiler: $CXX is /nowhere/c++")
     with pytest.raises(UsageError, match="--kernels on and --compile on exclude each other"):
         prepare_for_training(model, "on", "on")
 

@@ -1,13 +1,12 @@
 """How the training forward runs: with our kernels, through torch.compile, or as eager torch; whichever pays."""
 
 import importlib.util
-import os
-import shutil
 from typing import Protocol
 
 import torch
 
-from nanochat_ray.errors import UsageError
+from kernels.cpu_build import find_compiler
+from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.model.gpt import GPT
 
 COMPILED = "compiled"
@@ -80,8 +79,10 @@ def _prepare_gpu(model: GPT, fp8: bool) -> None:
 
 def compile_obstacle(device: torch.device) -> str | None:
     """Why torch.compile cannot work for this device, or None."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
-        return "torch.compile needs a C++ compiler and found neither g++ nor clang++"
+    try:
+        find_compiler()
+    except UserError as error:
+        return f"torch.compile cannot work: {error}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs the triton package on CUDA"
     return None
