@@ -25,6 +25,7 @@ def _tiny_blocks_and_no_stale_memory(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "BLOCK", 64)
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
         monkeypatch.setattr(squared_relu, name, 16)
+    monkeypatch.setattr(squared_relu, "GROUP_M", 2)
     monkeypatch.setattr(squared_relu, "ELEMENTS", 64)
     monkeypatch.setattr(polar_express, "BLOCK", 16)
     monkeypatch.setattr(polar_express, "BLOCK_K", 16)
@@ -78,6 +79,38 @@ def test_the_loss_and_its_gradients_over_chunks_with_padding_and_ignored_targets
         check(gpu_loss(x, weight, targets, vocab, reduction), expected, dtype)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it were on a GPU, where torch adds products of halves to sums in fp32, as it documents."""
+
+    sums = 0
+    device = property(lambda self: torch.device("cuda"))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in (torch.addmm, torch.mm) or "out_dtype" not in (kwargs or {}):
+            return super().__torch_function__(func, types, args, kwargs)
+        assert kwargs.pop("out_dtype") == torch.float32
+        *summand, a, b = (argument.as_subclass(torch.Tensor) for argument in args)
+        out = kwargs.pop("out").as_subclass(torch.Tensor)
+        assert a.dtype == b.dtype == torch.float16
+        assert all(tensor.dtype == torch.float32 for tensor in (*summand, out))
+        cls.sums += 1
+        return func(*summand, a.float(), b.float(), **kwargs, out=out)
+
+
+def test_on_a_gpu_the_weights_gradient_is_the_sum_of_all_chunks(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 2 * 4 * 192)  # chunks of 4, 4 and 3
+    x, weight, targets, scale = torch.randn(11, 24).half(), torch.randn(130, 24), torch.arange(11), torch.rand(11)
+    expected = linear_cross_entropy.GpuLoss().losses_and_gradients(x, weight, targets, 130, scale)
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, **kwargs: zeros_like(*args, **kwargs).as_subclass(OnGpu))
+    found = linear_cross_entropy.GpuLoss().losses_and_gradients(x, weight, targets, 130, scale)
+    assert type(found[2]) is OnGpu
+    assert OnGpu.sums == 3
+    for part, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(part.as_subclass(torch.Tensor), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_a_loss_of_ignored_targets_only_and_a_loss_of_nothing():
     x, weight, ignored = torch.randn(3, 8, requires_grad=True), torch.randn(70, 8), torch.full((3,), -1)
     total = gpu_loss(x, weight, ignored, 70, "sum")
@@ -105,7 +138,7 @@ def test_extreme_logits_stay_finite():
     assert z.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 33), (35, 40, 16)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 33), (35, 40, 17)])  # the last: a group and half of one
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_matmul_with_squared_relu_and_its_gradients(dtype, shape):
     tokens, channels, outputs = shape
@@ -123,6 +156,59 @@ def test_matmul_with_squared_relu_and_its_gradients(dtype, shape):
     ):
         check(found, exact, dtype)
     assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_what_is_no_number_in_a_factor_is_none_in_the_result_and_the_gradients(dtype, where):
+    x, weight = torch.randn(19, 20).to(dtype).requires_grad_(), torch.randn(18, 20).to(dtype).requires_grad_()
+    with torch.no_grad():
+        (x if where == "x" else weight)[17, 3] = torch.nan
+    y = squared_relu.linear_squared_relu(x, weight)
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    lost = torch.zeros(19, 18, dtype=torch.bool)
+    lost[(17, slice(None)) if where == "x" else (slice(None), 17)] = True
+    assert torch.equal(y.isnan(), lost)
+    assert torch.equal(grad_x.isnan().all(1), lost.any(1))
+    assert torch.equal(grad_weight.isnan().all(1), lost.any(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_no_number_after_every_kernel(dtype):
+    z = torch.tensor([1.0, torch.nan, -1.0, torch.inf, -torch.inf], dtype=dtype, requires_grad=True)
+    y = squared_relu.squared_relu(z)
+    (gradient,) = torch.autograd.grad(y, z, torch.ones_like(y))
+    expected = torch.tensor([1.0, torch.nan, 0.0, torch.inf, 0.0], dtype=dtype)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    torch.testing.assert_close(gradient, 2 * expected, equal_nan=True)
+
+    x = torch.randn(1, 2, 3, 10).to(dtype)
+    x[0, 1, 2, 7] = torch.nan
+    x.requires_grad_()
+    tables = RotaryTables(10)(2, torch.device("cpu"), dtype)
+    turned = rotated_norm.rotated_norm_of_rows(x, tables, 1.0)
+    (gradient,) = torch.autograd.grad(turned, x, torch.ones_like(turned))
+    for found in (turned, gradient):
+        assert found[0, 1, 2].isnan().all()
+        assert found.isnan().sum() == 10
+
+    logits = torch.randn(3, 130).to(dtype)
+    logits[1, 100] = torch.nan  # of no target
+    for scale in (None, torch.ones(3)):
+        losses = linear_cross_entropy.softcapped_losses(logits, torch.tensor([5, 5, 5]), scale)
+        assert losses.isnan().tolist() == [False, True, False]
+    assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_what_is_no_number_in_a_symmetric_product_spoils_its_row_and_column(dtype):
+    x = torch.randn(1, 20, 18).to(dtype)
+    x[0, 17, 17] = torch.nan
+    gram = polar_express.symmetric_product(x, False, 0.0, 1.0)
+    assert gram[0, 17].isnan().all()
+    assert gram[0, :, 17].isnan().all()
+    assert gram.isnan().sum() == 20 + 19
+    assert polar_express.polar_express(x).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,3 +298,20 @@ def test_the_network_computes_with_the_kernels_what_it_computes_without(monkeypa
         total.backward()
         results.append((total.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("min_tiled_tokens", [1, 2048])
+def test_the_step_over_blocks_computes_with_the_kernels_what_it_computes_without(min_tiled_tokens, monkeypatch):
+    from tests.fake_varlen import varlen_attn
+    from tests.test_paged_step import Graphs, PagedSequences
+    from tests.test_torch_step import check, network
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("kernels.gpu.operations.MIN_TILED_TOKENS", min_tiled_tokens)
+    model = network(2).use_operations(GpuOperations())
+    sequences = PagedSequences(model, [7, 3, 1], capture=Graphs())
+    logits = sequences.read({0: 5, 1: 2})
+    logits |= sequences.read({0: 1, 1: 1, 2: 1})  # a graph's, with a row of padding
+    logits |= sequences.read({0: 1})
+    model.use_operations(Operations())
+    check(sequences, logits)

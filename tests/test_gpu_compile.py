@@ -9,7 +9,7 @@ What this cannot show is speed, or that it runs.
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +153,27 @@ def test_a_kernel_compiles_with_tensor_cores_and_wide_accesses_without_spills_wi
     assert (TENSOR_CORES[capability] in compiled.asm["ptx"]) == case.multiplies
     assert WIDE_READ.search(compiled.asm["ptx"])
     assert used["REG"] * 32 * case.warps <= 65_536  # registers of a multiprocessor: at least one block fits
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=lambda capability: f"sm_{capability}")
+def test_a_targets_logit_is_read_before_a_barrier_and_gradients_are_written_behind_it(capability):
+    # Another warp may write the gradient over it as soon as it has passed the last barrier of the sum.
+    ptx = CASES["losses and gradients"].compiled(capability).asm["ptx"]
+    target_read = [match.start() for match in re.finditer(r"ld\.global\.b16\b", ptx)]
+    gradient_written = [match.start() for match in re.finditer(r"st\.global\.v[48]\.b32\b", ptx)]
+    assert len(target_read) == 1
+    assert ptx.count("ld.global.b64") == 1  # which logit that is
+    assert gradient_written
+    assert "bar.sync" in ptx[target_read[0] : min(gradient_written)]
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("name", ["rotated norm", "rotated norm, backward"])
+def test_one_head_of_one_token_compiles_as_well(name, capability):
+    # Triton makes constants of ones, and code of its own for them.
+    alone = {"heads": 1, "table_rows": 1, "BLOCK_H": 1}
+    case = replace(CASES[name], constants=CASES[name].constants | alone)
+    assert resources(case.compiled(capability).asm["cubin"])["LOCAL"] == 0
 
 
 def test_spills_would_be_seen():

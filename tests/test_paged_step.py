@@ -1,5 +1,7 @@
 """The GPU's step over blocks gives the logits of whole sequences, on a CPU, with `varlen_attn` as documented."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gpu.flash import flash_choice, why_no_pages
+from kernels.gpu.flash import activate_flash, flash_choice, why_no_pages
 from kernels.gpu.paged_step import LARGEST_GRAPH, PagedStep, why_not
 from nanochat_ray.model.attention import causal_attention, flash_attention
 from tests.fake_varlen import varlen_attn
@@ -104,6 +106,36 @@ def test_new_blocks_need_new_graphs():
     assert graphs.captured == 3
 
 
+def test_a_step_computes_with_the_tables_it_holds_whatever_becomes_of_the_models():
+    model = network(2)
+    sequences = PagedSequences(model, [4, 3], capture=Graphs())
+    logits = sequences.read({0: 1, 1: 2})
+
+    def none(*_):
+        raise AssertionError("a graph would still read the tables that it was captured with")
+
+    rotary, model.rotary = model.rotary, none
+    logits |= sequences.read({0: 1, 1: 1})
+    logits |= sequences.read({0: 2})
+    model.rotary = rotary
+    check(sequences, logits)
+
+
+def test_how_a_sequence_is_attended_to_does_not_depend_on_its_neighbours(monkeypatch):
+    seen = []
+
+    def noted(*args, window_size, **others):
+        seen.append((window_size, others["num_splits"]))
+        return varlen_attn(*args, window_size=window_size, **others)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", noted)
+    for prompts in ([5], [5, 180]):
+        PagedSequences(NETWORKS[2], prompts).read(dict(enumerate(prompts)))
+    alone, beside = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert alone == beside
+    assert {window for window, _ in alone} == {(128, 0), (-1, 0)}
+
+
 @pytest.mark.parametrize("window", [1, 3, 11, 500])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_rows_of_training_as_packed_sequences_are_attended_to_as_rows(window, kv_heads):
@@ -127,6 +159,42 @@ def test_the_choice_of_flash_attention_says_why(major, installed, name, why):
     chosen, reason = flash_choice(major, installed)
     assert chosen == name
     assert reason.startswith(why)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "code", ["import nowhere", "raise RuntimeError('no kernels')", "raise OSError('no library')", ""]
+)
+def test_a_broken_package_costs_its_speed_and_not_the_run(code, hopper, tmp_path, monkeypatch):
+    (tmp_path / "flash_attn_interface.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    reason = activate_flash(hopper)
+    assert reason.startswith("FA2: FA3 is for this GPU, but its module flash_attn_interface is broken: ")
+    assert ("nowhere" in reason) == (code == "import nowhere")
+    assert why_no_pages() is not None
+    sys.modules.pop("flash_attn_interface", None)
+
+
+def test_a_broken_parent_of_a_package_costs_its_speed_and_not_the_run(hopper, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise RuntimeError('made for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert activate_flash(hopper) == (
+        "FA2: FA4 is for this GPU, but its module flash_attn.cute.interface is broken: "
+        "RuntimeError: made for another torch"
+    )
+
+
+def test_what_is_not_installed_is_no_error(hopper, monkeypatch):
+    assert activate_flash(hopper).startswith("FA2: FA3 is for this GPU, but there is no module flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert activate_flash(hopper) == "FA2: newer kernels are for SM 9 and 10, this is SM 8"
 
 
 def test_why_a_cpu_decodes_otherwise():

@@ -25,17 +25,19 @@ def flash_choice(major: int, installed: bool) -> tuple[str | None, str]:
 
 
 def activate_flash(device: torch.device) -> str:
-    """Switch torch's flash attention to the best there is for this GPU, for the whole process; says which and why.
-
-    Raises:
-        ImportError, RuntimeError: the package is there, but broken; torch says how.
-    """
+    """Switch torch's flash attention to the best that works on this GPU, for the whole process; says which and why."""
     from torch.nn.attention import activate_flash_attention_impl
 
     major, _ = torch.cuda.get_device_capability(device)
-    name, reason = flash_choice(major, major in _PACKAGES and _is_installed(_PACKAGES[major][1]))
-    if name is not None:
-        activate_flash_attention_impl(name)
+    if major not in _PACKAGES:
+        return flash_choice(major, installed=False)[1]
+    name, module, _ = _PACKAGES[major]
+    try:
+        chosen, reason = flash_choice(major, _is_installed(module))
+        if chosen is not None:
+            activate_flash_attention_impl(chosen)
+    except Exception as error:  # a broken package raises whatever it likes; the run can do without
+        return f"FA2: {name} is for this GPU, but its module {module} is broken: {type(error).__name__}: {error}"
     return reason
 
 

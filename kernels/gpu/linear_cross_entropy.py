@@ -48,6 +48,10 @@ def softcapped_losses_kernel(
     counted = target != IGNORED
     columns = tl.arange(0, BLOCK)
 
+    # Read before the reduction, whose barrier all warps pass: after it, some may already write gradients over logits.
+    target_z = tl.load(z_ptr + target, mask=counted, other=0.0).to(tl.float32)
+    target_sigmoid = 1.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * target_z))
+
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         inside = start + columns < vocab_size
@@ -55,9 +59,6 @@ def softcapped_losses_kernel(
         sigmoid = 1.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * z))
         sums += tl.where(inside, tl.exp(2.0 * SOFTCAP * (sigmoid - 1.0)), 0.0)
     total = tl.sum(sums, axis=0)
-
-    target_z = tl.load(z_ptr + target, mask=counted, other=0.0).to(tl.float32)
-    target_sigmoid = 1.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * target_z))
     loss = tl.log(total) - 2.0 * SOFTCAP * (target_sigmoid - 1.0)
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
 
@@ -132,7 +133,10 @@ class GpuLoss(ChunkedLoss):
 
 
 def _add_product_(sum_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
-    """Add a·b to an fp32 sum, which cuBLAS does inside the product of half-precision factors; torch's CPU does not."""
+    """Add a·b to an fp32 sum, which cuBLAS does inside the product of half-precision factors; torch's CPU does not.
+
+    On CUDA, torch takes an output that is its own summand for an in-place sum: nothing is copied.
+    """
     if a_VC.dtype == torch.float32:
         sum_VD.addmm_(a_VC, b_CD)
     elif sum_VD.device.type == "cpu":

@@ -19,6 +19,7 @@ def paged_attention(
     table_SJ: torch.Tensor,
     max_queries: int,
     max_keys: int,
+    context: int,
     window: int,
 ) -> torch.Tensor:
     """Attention (N, H, K) of the last tokens of S sequences to all within the window, whose keys are stored already.
@@ -31,10 +32,11 @@ def paged_attention(
         table_SJ: (S, J) int32, the block of positions 16·j … 16·j + 15; must name some block where none is needed.
         max_queries: of a sequence, or more.
         max_keys: as `max_queries`.
+        context: positions that any sequence may ever have; a window that reaches as far is none.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    left = window if window < max_keys - 1 else -1
+    left = window if window < context - 1 else -1  # whoever the neighbours are: each choice has its own rounding
     y_NHK = varlen_attn(
         q_NHK,
         keys_PGK.unflatten(0, (-1, BLOCK)),

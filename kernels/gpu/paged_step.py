@@ -1,6 +1,7 @@
 """The step of many sequences on a GPU: attention over blocks where they lie, and decoding replayed as CUDA graphs.
 
     print(activate_flash(device)); reason = why_not(device, dtype)  # FA3 or FA4 must be there
+    model.use_operations(GpuOperations())                           # of ours, where Triton is
     step = PagedStep(model, capture=CudaGraphs(device))             # a StepModel
     step.allocate([64, 64]); logits_RV = step.forward(batch)
 
@@ -45,7 +46,7 @@ class CudaGraphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                work()  # what happens once (rotary tables, cuBLAS's workspace, loading of kernels) must not be captured
+                work()  # what happens once (cuBLAS's workspace, compiling and loading of kernels) must not be captured
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -69,6 +70,8 @@ class PagedStep(TorchStep):
     def __init__(self, model: GPT, context: int | None = None, capture: Callable[[Work], Work] | None = None) -> None:
         super().__init__(model, context)
         self._capture = capture
+        # A graph keeps no tensor alive, and the model may replace its tables by longer ones at any time.
+        self._rotary = model.rotary(self.context, model.device, model.dtype)
         self._graphs: dict[int, tuple[list[np.ndarray], torch.Tensor, Work]] = {}  # by number of sequences
         self._spare: tuple[int, ...] = ()  # per group the block that rows of padding write to and read
 
@@ -141,11 +144,11 @@ class PagedStep(TorchStep):
             keys, values = self._keys[group][index], self._values[group][index]
             keys[slots[group]], values[slots[group]] = k_BTGK[0], v_BTGK[0]
             y_NHK = paged_attention(
-                q_BTHK[0], keys, values, starts, lengths, tables[group], max_queries, max_keys, window
+                q_BTHK[0], keys, values, starts, lengths, tables[group], max_queries, max_keys, self.context, window
             )
             return y_NHK.unsqueeze(0)
 
-        x_ND = self.model.hidden_ragged(ids, previous, positions, self.context, attend)
+        x_ND = self.model.hidden_ragged(ids, previous, positions, self._rotary, attend)
         return self.model.logits(x_ND[wanted])
 
 

@@ -59,7 +59,7 @@ def matmul_squared_relu_kernel(
         sums = tl.dot(x, w, sums, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    positive = tl.maximum(sums, 0.0)
+    positive = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
     y_ptrs = y_ptr + rows[:, None] * y_stride + columns[None, :]
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     tl.store(y_ptrs, (positive * positive).to(y_ptr.dtype.element_ty), mask=inside)
@@ -68,7 +68,8 @@ def matmul_squared_relu_kernel(
 @triton.jit
 def squared_relu_kernel(z_ptr, y_ptr, count, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    positive = tl.maximum(tl.load(z_ptr + places, mask=places < count, other=0.0).to(tl.float32), 0.0)
+    z = tl.load(z_ptr + places, mask=places < count, other=0.0).to(tl.float32)
+    positive = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + places, (positive * positive).to(y_ptr.dtype.element_ty), mask=places < count)
 
 

@@ -266,17 +266,23 @@ class GPT(nn.Module):
         return self.logits(x_BTD[:, -1] if last_only else x_BTD)
 
     def hidden_ragged(
-        self, ids_N: torch.Tensor, previous_N: torch.Tensor, positions_N: torch.Tensor, context: int, attend: Attend
+        self,
+        ids_N: torch.Tensor,
+        previous_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
     ) -> torch.Tensor:
         """The final normed residual (N, D) of tokens of many sequences.
 
         Args:
             previous_N: the id before each in its sequence, −1 where there is none.
-            positions_N: the index of each in its sequence, less than the context.
+            positions_N: the index of each in its sequence.
+            rotary: cosines and sines of all positions, each (context, K/2); the caller's, so that it can keep them.
             attend: how the tokens, as one row, meet the keys and values of their sequences.
         """
         ids_1N = ids_N.unsqueeze(0)
-        cos_SP, sin_SP = self.rotary(context, ids_N.device, self.dtype)
+        cos_SP, sin_SP = rotary
         none_1N1 = (previous_N < 0).view(1, -1, 1)
         previous_1ND = self._embed(previous_N.clamp(min=0).unsqueeze(0)).masked_fill(none_1N1, 0.0)
         x_1ND = self._smear(self._embed(ids_1N), previous_1ND)

@@ -80,7 +80,8 @@ class TorchStep:
             return y_BTHK
 
         ids, previous, positions = map(self._tensor, (batch.ids, batch.previous, batch.positions))
-        x_ND = self.model.hidden_ragged(ids, previous, positions, self.context, attend)
+        rotary = self.model.rotary(self.context, self.model.device, self.model.dtype)
+        x_ND = self.model.hidden_ragged(ids, previous, positions, rotary, attend)
         return self.model.logits(x_ND[self._tensor(batch.wanted)]).cpu().numpy()
 
     def _rows(self, batch: RaggedBatch, group: int) -> list[_Rows]:
