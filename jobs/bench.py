@@ -21,7 +21,7 @@ SIZES = {
     "sequence-len": "tokens of a row", "vocab-size": "token ids", "micro-batch-rows": "rows of a micro-batch",
     "steps": "training steps per run", "megabytes": "text to load",
 }  # fmt: skip
-SHARED = ("corpus", "shards", "storage", "used-dtype", "kernels", "compile", "depth", "bundle", "max-per-task")
+SHARED = ("corpus", "shards", "storage", "bench-dtype", "kernels", "compile", "depth", "bundle", "max-per-task")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from nanochat_ray.plan.shape import ModelShape
 
 PLAIN = "torch"
 _SWITCHED_OFF = "our kernels are switched off"
+_NO_TRITON = "our GPU kernels need the triton package: pip install triton"
 _UNTRIED = "our GPU kernels were never run on a GPU; --kernels on tries them"
 
 
@@ -106,9 +107,11 @@ def step_model(
         threads, name = threads or torch.get_num_threads(), str(dtype).removeprefix("torch.")
         return CpuStep(model, dtype, threads, context=context), f"fused CPU step, {name}, {threads} threads"
     if obstacle is None:
+        from kernels.gpu.operations import GpuOperations
         from kernels.gpu.paged_step import CudaGraphs, PagedStep
 
-        return PagedStep(model, context, CudaGraphs(device)), "paged attention and CUDA graphs"
+        model.use_operations(GpuOperations())
+        return PagedStep(model, context, CudaGraphs(device)), "kernels of Triton, paged attention, CUDA graphs"
     if device.type == "cpu" and wanted is None:
         warn(f"replies come at a third of the speed: {obstacle}")
     return TorchStep(model, context), f"torch on {device.type}: {obstacle}"
@@ -119,16 +122,16 @@ def _plain(why: str) -> Choice:
 
 
 def _cannot_be_forced(obstacle: str) -> str:
-    return f"our kernels cannot be used: {obstacle}; leave out --kernels on, then torch's operations do the work"
+    return f"our kernels cannot be used: {obstacle}; with --kernels auto torch's operations do the work"
 
 
 def _require_fp8(device: torch.device, wanted: bool | None) -> None:
     from kernels.gpu.fp8_linear import why_not_fp8
 
-    if wanted is False:
-        raise UserError("--dtype fp8 needs our kernels; leave out --kernels off, or use --dtype bf16")
     if obstacle := why_not_fp8(device):
         raise UserError(f"{obstacle}; use --dtype bf16")
+    if wanted is False:
+        raise UserError("--dtype fp8 needs our kernels; leave out --kernels off, or use --dtype bf16")
 
 
 def _training_obstacle(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -140,7 +143,7 @@ def _training_obstacle(shape: ModelShape, device: torch.device, dtype: torch.dty
     if device.type != "cuda":
         return f"there are no kernels of ours for {device.type}"
     if importlib.util.find_spec("triton") is None:
-        return "our GPU kernels need the triton package: pip install triton"
+        return _NO_TRITON
     from kernels.gpu import operations
 
     return operations.why_not(device, dtype)
@@ -154,6 +157,8 @@ def _step_obstacle(model: GPT, dtype: torch.dtype) -> str | None:
         return cpu_step.why_not(model.config, dtype)
     if model.device.type != "cuda":
         return f"there are no kernels of ours for {model.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return _NO_TRITON
     from kernels.gpu import flash, paged_step
 
     flash.activate_flash(model.device)

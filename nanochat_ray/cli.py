@@ -105,6 +105,12 @@ _SHARED_FLAGS: dict[str, dict[str, Any]] = {
         choices=["fp32", "bf16", "int8"],
         help="activations (default: what the hardware multiplies best); int8: matrices of eight bits, on CPUs",
     ),
+    "bench-dtype": dict(
+        name="--dtype",
+        default=None,
+        choices=["fp32", "bf16", "int8", "fp8"],
+        help="activations (default: what the hardware multiplies best); int8 where a model is used, fp8 to train",
+    ),
     "kernels": dict(
         default="auto", choices=["auto", "on", "off"], help="our own kernels; auto: where they are known to be faster"
     ),

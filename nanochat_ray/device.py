@@ -10,26 +10,13 @@ from collections.abc import Callable
 import torch
 
 from nanochat_ray.errors import UsageError
+from nanochat_ray.plan.hardware import known_peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FP8 = "fp8"  # of training: the layers' products; activations are bf16, as is everything else
 # Of a model that is used and not trained. int8 is how its matrices are stored and multiplied; the rest is bf16.
 USED_DTYPES = {**DTYPES, "int8": torch.int8}
 
-# Dense bf16 FLOP/s from the vendors' data sheets (without sparsity). Matched in order against the device's name.
-_BF16_PEAKS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
 _GEMM_SIZE = 2048
 _STREAM_BYTES = 256 * 2**20  # well above any CPU's caches
 
@@ -91,6 +78,8 @@ def pick_used_dtype(device: torch.device, name: str | None = None) -> tuple[torc
     Raises:
         UsageError: the name is not one of USED_DTYPES, or the device has no such dtype.
     """
+    if name == FP8:
+        raise UsageError(f"{name} is for training; choose from {', '.join(USED_DTYPES)}")
     if name in DTYPES or name not in USED_DTYPES:
         return pick_dtype(device, name)
     if device.type != "cpu":
@@ -111,10 +100,9 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, threads: int | None = No
         threads: CPU threads to use; None leaves torch's setting.
     """
     if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in _BF16_PEAKS:
-            if part in name:
-                return peak
+        peak = known_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak
     a, b, product = (torch.rand(_GEMM_SIZE, _GEMM_SIZE, device=device, dtype=dtype) for _ in range(3))
     return 2 * _GEMM_SIZE**3 / _fastest_seconds(lambda: torch.mm(a, b, out=product), device, threads)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("nanochat_ray", "torch", "ray", "numpy", "pyarrow", "tiktoken", "rustbpe")
+PACKAGES = ("nanochat_ray", "torch", "ray", "triton", "numpy", "pyarrow", "tiktoken", "rustbpe")
 
 
 def describe_machine() -> list[tuple[str, str]]:

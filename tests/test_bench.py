@@ -136,3 +136,18 @@ def test_decoding_is_measured_beside_the_memory(corpus, capsys):
     )
     assert figures["prompt_tokens"] == 32
     assert all(decode["torch_tok_per_s"] > 0 for decode in figures["decode"].values())
+
+
+@pytest.mark.slow
+def test_every_kernel_of_this_machine_is_measured_beside_torch(corpus, capsys):
+    figures = run_bench("kernels", corpus, capsys)
+    assert {case["method"] for case in figures["cases"]} >= {"norm", "attention", "linear_cross_entropy", "embedding"}
+    for case in figures["cases"]:
+        assert case["own_s"] > 0
+        assert case["torch_s"] / case["own_s"] == pytest.approx(case["times"], rel=0.05)
+        assert case["limit_s"] / case["own_s"] == pytest.approx(case["of_limit"], rel=0.05)
+        assert case["limit"] in ("compute", "memory")
+    assert {"date", "processor", "torch", "system"} <= figures["provenance"].keys()
+    off = cli.run(bench.main, bench.build_parser(), ["kernels", "--kernels", "off"])
+    assert off == 2
+    assert "bench kernels measures our kernels; leave out --kernels off" in capsys.readouterr().err

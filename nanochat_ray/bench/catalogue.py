@@ -85,6 +85,8 @@ def _kernels(args: argparse.Namespace) -> Measured:
     from nanochat_ray.bench.kernel_bench import kernel_lines, measure_kernels
     from nanochat_ray.bench.sizes import FULL, QUICK, plan_of
 
+    if args.kernels == "off":
+        raise UsageError("bench kernels measures our kernels; leave out --kernels off")
     plan = plan_of(_sizes(args, QUICK if args.quick else FULL))
     figures = measure_kernels(plan, args.dtype, repeats=2 if args.quick else 9)
     return f"kernels: {plan.in_words}, forward and backward", figures, kernel_lines

@@ -15,6 +15,7 @@ from nanochat_ray.bench.measurement import Line, Watch, in_fresh_process
 from nanochat_ray.data.corpus import Corpus
 from nanochat_ray.device import DTYPES, USED_DTYPES, activations_of, pick_device
 from nanochat_ray.engine.load import require_trained
+from nanochat_ray.errors import UserError
 from nanochat_ray.eval.step_text import StepText
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import run_folder
@@ -32,7 +33,7 @@ def measure_quality(storage: str, run: str, corpus: Corpus, tokens: int = TOKENS
     """Figures of a run's base model on the corpus's held-out text; JSON-able.
 
     Raises:
-        UserError: nothing is trained there, or a dtype cannot be had here.
+        UserError: nothing is trained there.
     """
     require_trained(storage, run, "base")
     with Watch() as watch:
@@ -73,7 +74,11 @@ def quality_figures(storage: str, run: str, corpus: Corpus, tokens: int) -> dict
 
     expected = measure(REFERENCE, "torch", lambda row_MT: _torch_read(model, row_MT))
     for name, dtype in (USED_DTYPES if device.type == "cpu" else DTYPES).items():
-        step_model, how = dispatch.step_model(load(dtype), dtype)
+        try:
+            step_model, how = dispatch.step_model(load(dtype), dtype)
+        except UserError as error:
+            results[name] = {"model_step": str(error)}
+            continue
         found = measure(name, how, StepText(step_model).read)
         results[name]["same_likeliest"] = float((found == expected).mean())
         results[name]["bpb_cost"] = results[name]["bpb"] / results[REFERENCE]["bpb"] - 1
@@ -91,6 +96,9 @@ def quality_lines(figures: dict[str, Any]) -> list[Line]:
     lines = []
     for name, found in figures["dtypes"].items():
         beside = found["model_step"]
+        if "bpb" not in found:
+            lines.append(Line(name, "cannot be had", beside))
+            continue
         if name != REFERENCE:
             beside = (
                 f"{found['bpb_cost']:+.3%}, the same likeliest token at {found['same_likeliest']:.2%} of "

@@ -9,6 +9,7 @@ from nanochat_ray.model.attention import RotaryTables
 from nanochat_ray.model.gpt import VALUE_GATE_RANGE
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan import Plan
+from nanochat_ray.plan.shape import attended_pairs
 
 IGNORED_SHARE = 16  # one of so many targets is ignored
 STACK = 4  # matrices that Muon updates together
@@ -108,7 +109,7 @@ def cases(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Case]:
                 f"attention, T = {length}, window {window}",
                 "attention",
                 made.trained(lambda o, window=window: o.attention(q_BTHK, k_BTGK, v_BTGK, window)),  # type: ignore[misc]
-                12 * width * rows * _pairs(length, window),
+                12 * width * rows * attended_pairs(length, window),
                 6 * row + 6 * kv_row,
             )
         )
@@ -149,8 +150,3 @@ class _Inputs:
 
 def _as_tuple(results: Results) -> tuple[torch.Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
-
-
-def _pairs(length: int, window: int) -> int:
-    """Of a query and a key that it sees."""
-    return sum(min(position, window) + 1 for position in range(length))

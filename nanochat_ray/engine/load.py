@@ -25,7 +25,7 @@ FREE_MEMORY_FOR_KV = 0.5  # of what is free once the weights are there
 class ChatModel:
     """An engine with the name it goes by and the facts people ask about (JSON-able).
 
-    fingerprint   changes whenever the same request could get another reply
+    fingerprint   changes whenever the same request could get another reply from machines of the same kind
     startup       seconds that each part of loading took
     """
 
@@ -54,7 +54,7 @@ def require_trained(storage: str, run: str, stage: str) -> None:
 
 
 def describe_chat_model(
-    storage: str, run: str, stage: str, step: int | None, dtype: str | None
+    storage: str, run: str, stage: str, step: int | None, dtype: str | None, kernels: str = "auto"
 ) -> "tuple[str, Tokenizer, int, str, dict[str, Any]]":
     """Name, tokenizer, context, fingerprint and facts of what `load_chat_model` would load; weights are not read.
 
@@ -70,7 +70,7 @@ def describe_chat_model(
     step = checkpoints.steps()[-1] if step is None else step
     plan = checkpoints.state(step).plan
     about = {"run": run, "stage": stage, "step": step, "depth": plan.depth, "context": plan.model.sequence_len}
-    fingerprint = _fingerprint(checkpoints, step, dtype)
+    fingerprint = _fingerprint(checkpoints, step, dtype, kernels)
     return run, Tokenizer.load(folder / "tokenizer"), plan.model.sequence_len, fingerprint, about
 
 
@@ -118,7 +118,7 @@ def load_chat_model(
         "load_s": round(loaded - imported, 3),
         "engine_s": round(time.monotonic() - loaded, 3),
     }
-    fingerprint = _fingerprint(Checkpoints.of(run_folder(storage, run) / stage), step, dtype)
+    fingerprint = _fingerprint(Checkpoints.of(run_folder(storage, run) / stage), step, dtype, kernels)
     return ChatModel(engine, run, about, fingerprint, startup)
 
 
@@ -157,8 +157,8 @@ def _load_network(
     return model, matrices, tokenizer, plan, step
 
 
-def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None) -> str:
-    return f"{checkpoints.digest(step)} {dtype or ''}"
+def _fingerprint(checkpoints: "Checkpoints", step: int, dtype: str | None, kernels: str) -> str:
+    return f"{checkpoints.digest(step)} {dtype or ''}" + ("" if kernels == "auto" else f" kernels {kernels}")
 
 
 def engine_of(

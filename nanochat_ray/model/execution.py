@@ -9,7 +9,7 @@ from kernels.cpu_build import find_compiler
 from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.model.gpt import GPT
 
-COMPILED = "compiled"
+COMPILED = "compiled"  # how the words begin when torch.compile works
 LONG_RUN_FLOPS = 1e14  # a quarter of an hour of two cores
 WISHES = {"auto": None, "on": True, "off": False}  # of the flags --compile and --kernels
 
@@ -48,33 +48,34 @@ def prepare_for_training(
         own = False
     choice = training_operations(model.config, model.device, model.dtype, own, fp8)
     model.use_operations(choice.operations)
-    if model.device.type == "cuda":
-        _prepare_gpu(model, fp8)
     if on_cpu and not choice.is_plain:
         return model, f"kernels: {choice.name}"
+    on_gpu = f"; operations: {choice.name}, {choice.why}" * (model.device.type == "cuda")
+    if model.device.type == "cuda" and own is not False:
+        on_gpu += _prepare_gpu(model, fp8)
     if compiling is False:
-        return model, "eager: compiling is switched off"
+        return model, f"eager: compiling is switched off{on_gpu}"
     if on_cpu and compiling is None and (model.dtype != torch.bfloat16 or flops < LONG_RUN_FLOPS):
         return model, f"eager: {choice.why}, and compiling pays only in long runs in bf16"
     if obstacle := compile_obstacle(model.device):
-        return model, f"eager: {obstacle}"
+        return model, f"eager: {obstacle}{on_gpu}"
     hidden = torch.compile(model.hidden, dynamic=False)
 
     def losses(inputs_BT: torch.Tensor, targets_BT: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         rotary = model.rotary(inputs_BT.shape[1], inputs_BT.device, model.dtype)
         return model.loss(hidden(inputs_BT, rotary), targets_BT, reduction)
 
-    return losses, COMPILED
+    return losses, COMPILED + on_gpu
 
 
-def _prepare_gpu(model: GPT, fp8: bool) -> None:
-    """Not run on a GPU."""
+def _prepare_gpu(model: GPT, fp8: bool) -> str:
+    """Choose torch's flash attention, and put fp8 layers in place; which and why. Not run on a GPU."""
     from kernels.gpu.flash import activate_flash
     from kernels.gpu.fp8_linear import use_fp8
 
-    print(f"attention: {activate_flash(model.device)}", flush=True)
     if fp8:
         use_fp8(model)
+    return f"; attention: {activate_flash(model.device)}"
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -164,7 +164,7 @@ def build(args: Served) -> serve.Application:
 
 
 def _describe(args: Served) -> ServedModel:
-    return ServedModel(*describe_chat_model(args.storage, args.run, args.stage, args.step, args.dtype))
+    return ServedModel(*describe_chat_model(args.storage, args.run, args.stage, args.step, args.dtype, args.kernels))
 
 
 def app_of(

@@ -155,7 +155,7 @@ class Ledger:
         self._attempt = attempt
         waited = event.get("waited_for_capacity_s") or 0.0
         in_vain_s = old.waited_s if old is not None and old.last_step_at is None else 0.0
-        compiled = event.get("mode") == "compiled"
+        compiled = event.get("mode", "").startswith("compiled")
         self._group = _Group(event.get("workers", 1), compiled=compiled, waited_s=in_vain_s + waited)
         self._spend(min(self._at + waited, event["time"]), Label.WAITING_FOR_CAPACITY)
         self._spend(event["time"], Label.RESTART)

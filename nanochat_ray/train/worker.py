@@ -142,7 +142,7 @@ class _Worker:
         self.stall_s = 0.0  # since the last step ended
         self.step_seconds = 0.0  # of the last step
         self.kernels: CompileCache | None = None
-        if self.mode == COMPILED:
+        if self.mode.startswith(COMPILED):
             self.kernels = CompileCache.open(job.stage, job.plan, self.model.device, self.dtype)
         first_step = self.state.cursor.step
         say = partial(report, job, LAST_ERROR, step=first_step)
