@@ -55,7 +55,7 @@ SOURCES = [
     *sorted((ROOT / "kernels").rglob("*.py")),
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "cluster/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "cluster/README.md", "kernels/README.md"]
 
 
 def imports(path: Path) -> set[str]:
