@@ -3,6 +3,7 @@ import torch
 
 from nanochat_ray.device import gemm_peak, memory_bandwidth, pick_device, pick_dtype
 from nanochat_ray.errors import UsageError
+from nanochat_ray.plan.hardware import known_peak
 
 CPU = torch.device("cpu")
 
@@ -52,12 +53,28 @@ def test_a_chosen_dtype_wins_and_an_unknown_one_is_wrong_usage():
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
 )
 def test_known_gpus_have_their_published_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     gemm_peak.cache_clear()
     assert gemm_peak(torch.device("cuda"), torch.bfloat16) == peak
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA GB2000", "Tesla T4", "NVIDIA L400", ""])
+def test_a_name_that_only_contains_a_known_one_is_not_known(name):
+    assert known_peak(name) is None
 
 
 def test_the_cpu_is_measured():

@@ -261,7 +261,14 @@ def test_unknown_hardware_is_refused_with_the_names_that_exist(name):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (0, "0 s"),
+        (0.00004, "0.04 ms"),
+        (0.00314, "3.1 ms"),
+        (0.00996, "10 ms"),
+        (0.25, "250 ms"),
+        (0.9996, "1.0 s"),
         (3.21, "3.2 s"),
+        (9.96, "10 s"),
         (42, "42 s"),
         (200, "3 min 20 s"),
         (7500, "2 h 05 min"),

@@ -179,10 +179,12 @@ def _gib(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
-    whole = round(seconds)
+    """`3.1 ms`, `250 ms`, `4.2 s`, `42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`; nothing is `0 s`."""
+    milliseconds, whole = round(seconds * 1000), round(seconds)
+    if seconds > 0 and milliseconds < 1000:
+        return f"{seconds * 1000:.2g} ms" if milliseconds < 10 else f"{milliseconds} ms"
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{whole} s"
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // part:02d} {smaller}"

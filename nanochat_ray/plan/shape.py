@@ -37,6 +37,12 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def attended_pairs(length: int, window: int) -> int:
+    """Pairs of a query and a key that it sees in a row of so many tokens: position i sees the keys i-window … i."""
+    most = min(window, length - 1)  # keys before itself that a query sees, but for the first queries
+    return most * (most + 1) // 2 + (length - most) * (most + 1)
+
+
 def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
@@ -133,7 +139,8 @@ class ModelShape:
         """FLOPs of one training token, forward and backward.
 
         6 per weight in a matrix multiplication (2 forward, 4 backward), plus 12 · width · window for attention scores
-        and sums in each layer (the convention of PaLM, arXiv:2204.02311, with windows). Look-ups count nothing.
+        and sums in each layer (the convention of PaLM, arXiv:2204.02311, with windows: as if every query saw a full
+        one). Look-ups count nothing. It is for MFU only; what attention computes is `attended_pairs`.
         """
         attention = sum(12 * self.n_embd * min(window, self.sequence_len) for window in self.windows)
         return 6 * self.count_parameters().scaling + attention
