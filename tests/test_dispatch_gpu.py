@@ -7,8 +7,9 @@ import torch
 
 from kernels import dispatch
 from nanochat_ray.errors import UserError
-from nanochat_ray.model.gpt import GPTConfig
+from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.operations import Operations
+from nanochat_ray.model.torch_step import TorchStep
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -83,3 +84,36 @@ def test_a_missing_triton_is_told(monkeypatch):
     for wish in ({"wanted": True}, {"fp8": True}):
         with pytest.raises(UserError, match="our GPU kernels need the triton package: pip install triton"):
             dispatch.training_operations(SHAPE, CUDA, BF16, **wish)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A network that says it were on a GPU whose flash attention knows pages; steps there are not made, but noted."""
+    monkeypatch.setattr(GPT, "device", CUDA)
+    monkeypatch.setattr("kernels.gpu.paged_step.why_no_pages", lambda: None)
+    monkeypatch.setattr("kernels.gpu.paged_step.CudaGraphs", lambda device: f"graphs on {device}")
+    monkeypatch.setattr("kernels.gpu.paged_step.PagedStep", lambda model, *others: others)
+    return GPT(SHAPE)
+
+
+def test_decoding_takes_the_paged_step_and_the_kernels_only_when_they_are_wanted(on_gpu):
+    from kernels.gpu.operations import GpuOperations
+
+    step, how = dispatch.step_model(on_gpu, BF16)
+    assert type(step) is TorchStep
+    assert how.startswith("torch on cuda: our GPU kernels were never run on a GPU")
+    assert type(on_gpu.operations) is Operations
+    step, how = dispatch.step_model(on_gpu, BF16, context=48, wanted=True)
+    assert step == (48, "graphs on cuda")
+    assert "paged attention" in how
+    assert type(on_gpu.operations) is GpuOperations
+
+
+def test_decoding_with_the_kernels_where_they_cannot_is_refused(on_gpu, monkeypatch):
+    monkeypatch.setattr("kernels.gpu.paged_step.why_no_pages", lambda: "paged decoding needs FA3 or FA4")
+    with pytest.raises(UserError, match="our kernels cannot be used: paged decoding needs FA3 or FA4"):
+        dispatch.step_model(on_gpu, BF16, wanted=True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="our GPU kernels need the triton package: pip install triton"):
+        dispatch.step_model(on_gpu, BF16, wanted=True)
+    assert type(on_gpu.operations) is Operations
