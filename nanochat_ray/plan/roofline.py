@@ -187,7 +187,8 @@ def _micro_batch(shape: ModelShape, tokens: int, machine: _Machine) -> list[Part
 def _products(tokens: int, inputs: int, outputs: int) -> list[_Work]:
     """A linear layer's three products: forward, gradient of the input, gradient of the weight."""
     moved = (tokens * inputs + tokens * outputs + inputs * outputs) * _ELEMENT
-    return 3 * [(2 * tokens * inputs * outputs, moved)]
+    product: _Work = 2 * tokens * inputs * outputs, moved
+    return 3 * [product]
 
 
 def _update(shape: ModelShape, machine: _Machine, workers: int) -> list[Part]:
@@ -219,4 +220,4 @@ def _polar_express(short: int, long: int) -> list[_Work]:
         (2 * square * short, 2 * square),
         (2 * square * long, square + 2 * matrix),
     ]
-    return _POLAR_EXPRESS_STEPS * [(flops, moved * _ELEMENT) for flops, moved in step]
+    return [(flops, moved * _ELEMENT) for flops, moved in _POLAR_EXPRESS_STEPS * step]
