@@ -161,5 +161,6 @@ def _step_obstacle(model: GPT, dtype: torch.dtype) -> str | None:
         return _NO_TRITON
     from kernels.gpu import flash, paged_step
 
-    flash.activate_flash(model.device)
-    return paged_step.why_not(model.device, dtype)
+    reason = flash.activate_flash(model.device)
+    obstacle = paged_step.why_not(model.device, dtype)
+    return f"{obstacle} ({reason})" if obstacle else None
