@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITHOUT_CODE = "kernels.cpu_build"  # finds compilers; compiles and loads nothing when it is imported
 
 
 def run(code: str, *arguments: str) -> dict:
@@ -25,6 +24,7 @@ def run(code: str, *arguments: str) -> dict:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nanochat_ray").rglob("*.py")), ids=lambda path: path.stem)
 def test_a_module_of_the_library_imports_kernels_only_where_it_uses_them(path):
+    """Also because Ray imports modules of the library, which is installed, before it knows where the job's code is."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -32,7 +32,7 @@ def test_a_module_of_the_library_imports_kernels_only_where_it_uses_them(path):
             names = [node.module]
         else:
             continue
-        assert not [name for name in names if name.split(".")[0] in ("kernels", "triton") and name != WITHOUT_CODE]
+        assert not [name for name in names if name.split(".")[0] in ("kernels", "triton")]
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ for module in pkgutil.walk_packages(nanochat_ray.__path__, "nanochat_ray."):
     importlib.import_module(module.name)
 print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("kernels", "triton")]))
 """
-    assert set(run(code)) <= {"kernels", WITHOUT_CODE}
+    assert run(code) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import torch
 
-from kernels.cpu_build import find_compiler
 from nanochat_ray.errors import UsageError, UserError
 from nanochat_ray.model.gpt import GPT
 
@@ -80,6 +79,8 @@ def _prepare_gpu(model: GPT, fp8: bool) -> str:
 
 def compile_obstacle(device: torch.device) -> str | None:
     """Why torch.compile cannot work for this device, or None."""
+    from kernels.cpu_build import find_compiler
+
     try:
         find_compiler()
     except UserError as error:

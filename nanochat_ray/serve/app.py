@@ -31,7 +31,6 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
-from kernels.cpu_build import find_compiler
 from nanochat_ray.cli import warn
 from nanochat_ray.cluster import STOP_SIGNALS, connect
 from nanochat_ray.engine.load import ChatModel, describe_chat_model, load_chat_model, require_trained
@@ -194,6 +193,8 @@ def _gpus_each() -> int:
 
 def _warn_without_compiler() -> None:
     """What a replica says of this is in its log; whoever starts the server should hear it."""
+    from kernels.cpu_build import find_compiler
+
     try:
         find_compiler()
     except UserError as error:
