@@ -23,6 +23,9 @@ class CpuOperations(CpuLayers, CpuEmbedding, Operations):
     def linear_cross_entropy(
         self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str
     ) -> torch.Tensor:
+        known = x_ND.dtype in cpu_loss.DTYPES
+        if not known or any(tensor.device.type != "cpu" for tensor in (x_ND, weight_VD, targets_N)):
+            return super().linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, reduction)
         return linear_cross_entropy(x_ND, weight_VD, targets_N, vocab_size, reduction, self._loss)
 
 

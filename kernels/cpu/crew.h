@@ -38,8 +38,9 @@ class Crew {
         for (auto& member : members_) member.join();
     }
 
-    // Runs all phases; the caller is thread 0.
+    // Runs all phases; the caller is thread 0. One job at a time: other callers wait.
     void run(Job& job) {
+        std::lock_guard<std::mutex> turn(turn_);
         job_ = &job;
         uint64_t step;
         {
@@ -116,6 +117,7 @@ class Crew {
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int> finished_{0};
     alignas(64) Job* job_ = nullptr;
+    std::mutex turn_;  // of whose job runs
     std::mutex mutex_;
     std::condition_variable wake_;
     uint64_t step_ = 0;

@@ -1,7 +1,6 @@
 // What Python calls: kernels/cpu_layers.py declares the same structures. Each call is cut into pieces for the crew.
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "attention.h"
@@ -12,7 +11,7 @@
 
 namespace {
 
-// Threads and the memory each works in. One call at a time: others wait.
+// Threads and the memory each works in.
 struct Team {
     explicit Team(int threads) : arenas(threads), crew(threads) {}
 
@@ -35,12 +34,10 @@ struct Team {
             std::vector<Arena>& arenas;
             std::atomic<bool> failed{false};
         } job(pieces, work, arenas);
-        std::lock_guard<std::mutex> lock(mutex);
         crew.run(job);
         return job.failed;
     }
 
-    std::mutex mutex;
     std::vector<Arena> arenas;
     Crew crew;  // last: its threads end before what they work on
 };
@@ -82,7 +79,6 @@ void mix_backward(const rows::Mix& call, int64_t count, int piece) {
 extern "C" {
 
 PUBLIC void* cpu_layers_new(int threads) { return new Team(threads); }
-PUBLIC void cpu_layers_free(void* team) { delete (Team*)team; }
 
 // All return 0, or 1 when there is no memory.
 
