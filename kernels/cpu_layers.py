@@ -123,15 +123,18 @@ class CpuLayers(Operations):
     def gated_sum(
         self, v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor, gate_range: float
     ) -> torch.Tensor:
-        if not _known(v_BTGK, gate_BTG, value_BTGK) or v_BTGK.shape[-1] % LANES:
+        if (
+            not _known(v_BTGK, gate_BTG, value_BTGK)
+            or v_BTGK.shape[-1] % LANES
+            or not _same_heads(v_BTGK, gate_BTG, value_BTGK)
+        ):
             return super().gated_sum(v_BTGK, gate_BTG, value_BTGK, gate_range)
         return _GatedSum.apply(self._call, v_BTGK, gate_BTG, value_BTGK, gate_range)  # type: ignore[no-untyped-call]
 
     def rotated_norm(
         self, x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], scale: float
     ) -> torch.Tensor:
-        tokens = x_BTHK.shape[:2] if rotary[0].dim() == 3 else x_BTHK.shape[1:2]
-        if not _known(x_BTHK, *rotary) or x_BTHK.shape[-1] % (2 * LANES) or rotary[0].shape[:-1] != tokens:
+        if not _known(x_BTHK, *rotary) or x_BTHK.shape[-1] % (2 * LANES) or not _turns(x_BTHK, *rotary):
             return super().rotated_norm(x_BTHK, rotary, scale)
         return _RotatedNorm.apply(self._call, x_BTHK, *rotary, scale)  # type: ignore[no-untyped-call]
 
@@ -141,7 +144,7 @@ class CpuLayers(Operations):
         return _SquaredReLU.apply(self._call, x @ weight.to(x.dtype).T)  # type: ignore[no-untyped-call]
 
     def attention(self, q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, window: int) -> torch.Tensor:
-        if not _known(q_BTHK, k_BTGK, v_BTGK) or q_BTHK.shape[-1] % LANES:
+        if not _known(q_BTHK, k_BTGK, v_BTGK) or q_BTHK.shape[-1] % LANES or not _grouped(q_BTHK, k_BTGK, v_BTGK):
             return super().attention(q_BTHK, k_BTGK, v_BTGK, window)
         return _CausalAttention.apply(self._call, q_BTHK, k_BTGK, v_BTGK, window)  # type: ignore[no-untyped-call]
 
@@ -162,13 +165,32 @@ def _known(*tensors: torch.Tensor) -> bool:
     )
 
 
+def _same_heads(v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor) -> bool:
+    return v_BTGK.dim() == 4 and v_BTGK.shape == value_BTGK.shape and gate_BTG.shape == v_BTGK.shape[:3]
+
+
+def _turns(x_BTHK: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
+    rows, length, _, size = x_BTHK.shape
+    return cosines.shape == sines.shape and cosines.shape in ((length, size // 2), (rows, length, size // 2))
+
+
+def _grouped(q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor) -> bool:
+    rows, length, heads, size = q_BTHK.shape
+    kv_heads = k_BTGK.shape[2]
+    return k_BTGK.shape == v_BTGK.shape == (rows, length, kv_heads, size) and heads % kv_heads == 0
+
+
 def _by_token(x: torch.Tensor) -> torch.Tensor:
     """(B, T, heads, K) with tokens at equal distances and contiguous heads; a view if it is so already."""
     rows, length, heads, size = x.shape
     stride = x.stride()
-    if stride[3] == 1 and (heads == 1 or stride[2] == size) and (rows == 1 or stride[0] == length * stride[1]):
-        return x
-    return x.contiguous()
+    equal = 1 in (rows, length) or stride[0] == length * stride[1]
+    return x if stride[3] == 1 and (heads == 1 or stride[2] == size) and equal else x.contiguous()
+
+
+def _distance(x: torch.Tensor) -> int:
+    """From one token to the next of what `_by_token` returned; the stride of an axis of length 1 means nothing."""
+    return x.stride(0 if x.shape[1] == 1 else 1)
 
 
 class _Norm(torch.autograd.Function):
@@ -262,7 +284,7 @@ class _GatedSum(torch.autograd.Function):
 
 
 def _gate(value: torch.Tensor, gate: torch.Tensor, gate_range: float, **others: torch.Tensor) -> _Gate:
-    stride = others["v"].stride(1) if "v" in others else 0
+    stride = _distance(others["v"]) if "v" in others else 0
     addresses = {name: address(tensor) for name, tensor in others.items()}
     return _Gate(*value.shape[2:], gate_range, v_stride=stride, e=address(value), gates=address(gate), **addresses)
 
@@ -275,10 +297,9 @@ class _RotatedNorm(torch.autograd.Function):
         ctx: Any, call: Call, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scale: float
     ) -> torch.Tensor:
         x, cosines, sines = _by_token(x), cosines.contiguous(), sines.contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype)
-        inverse = torch.empty(x.shape[:-1])
+        y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
         table = cosines.numel() // cosines.shape[-1], address(cosines), address(sines)
-        arguments = _Rotation(*x.shape[2:], scale, *table, address(x), x.stride(1), address(y), address(inverse))
+        arguments = _Rotation(*x.shape[2:], scale, *table, address(x), _distance(x), address(y), address(inverse))
         call("rotate", x.dtype, c_int64(x.shape[0] * x.shape[1]), byref(arguments))
         ctx.call, ctx.scale = call, scale
         ctx.save_for_backward(y, inverse, cosines, sines)
@@ -322,8 +343,7 @@ class _CausalAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         q, k, v = map(_by_token, (q, k, v))
         rows, length, heads, _ = q.shape
-        y = torch.empty(q.shape, dtype=q.dtype)
-        log_sums = torch.empty(rows, heads, length)
+        y, log_sums = q.new_empty(q.shape), q.new_empty(rows, heads, length, dtype=torch.float32)
         call("attention", q.dtype, byref(_attention(q, k, v, window, y, log_sums)))
         ctx.call, ctx.window = call, window
         ctx.save_for_backward(q, k, v, y, log_sums)
@@ -334,13 +354,13 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Gradient, ...]:  # type: ignore[override]
         q, k, v, y, log_sums = ctx.saved_tensors
         dy = dy.contiguous()
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         ctx.call("attention_backward", q.dtype, byref(_attention(q, k, v, ctx.window, y, log_sums, dy, dq, dk, dv)))
         return None, dq, dk, dv, None
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, *others: torch.Tensor) -> _Attention:
     rows, length, heads, size = q.shape
-    strides = (x.stride(1) for x in (q, k, v))
+    strides = map(_distance, (q, k, v))
     sizes = rows, length, heads, k.shape[2], size, min(window, length)
     return _Attention(*sizes, *map(address, (q, k, v)), *strides, *map(address, others))
