@@ -89,6 +89,32 @@ def test_a_frozen_table_has_no_gradient():
     assert weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # which is the point
+@pytest.mark.parametrize("before", [torch.zeros(16, 4).T, torch.zeros(4, 16).to_sparse()])
+def test_a_gradient_that_lies_otherwise_is_added_to_by_autograd(before):
+    weight = torch.randn(4, 16, requires_grad=True)
+    weight.grad = before
+    CpuEmbedding().embedding(torch.tensor([1, 2, 1]), weight, torch.float32).sum().backward()
+    assert weight.grad.to_dense().sum(dim=1).tolist() == [0, 32, 16, 0]
+
+
+def test_hooks_of_a_table_are_called_with_its_whole_gradient():
+    weight, called = torch.randn(4, 16, requires_grad=True), []
+    weight.register_hook(lambda grad: 2 * grad)
+    weight.register_post_accumulate_grad_hook(called.append)
+    CpuEmbedding().embedding(torch.tensor([1, 2, 1]), weight, torch.float32).sum().backward()
+    assert weight.grad.sum(dim=1).tolist() == [0, 64, 32, 0]
+    assert len(called) == 1
+
+
+def test_a_table_that_was_frozen_after_the_look_up_gets_no_gradient():
+    weight = torch.randn(4, 16, requires_grad=True)
+    values = CpuEmbedding().embedding(torch.tensor([1]), weight, torch.float32)
+    weight.requires_grad_(False)
+    values.sum().backward()
+    assert weight.grad is None
+
+
 @pytest.mark.parametrize("bad", [-1, ROWS])
 def test_ids_that_do_not_exist_are_refused(bad):
     with pytest.raises(IndexError, match="ids must lie in 0 … 39"):

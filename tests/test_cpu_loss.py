@@ -1,7 +1,5 @@
 """The CPU's loss beside fp64, and beside the reference."""
 
-import os
-
 import pytest
 import torch
 
@@ -150,15 +148,43 @@ def test_targets_that_do_not_exist_are_refused(bad):
         linear_cross_entropy(x, weight, targets, VOCAB, "sum", CpuLoss())
 
 
-def test_it_works_in_a_forked_process():
-    loss, (x, weight, targets) = CpuLoss(), example(9)
-    expected = linear_cross_entropy(x, weight, targets, VOCAB, "sum", loss).item()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # torch's own threads, which multiply matrices, do not survive a fork and would hang
-        same = linear_cross_entropy(x, weight, targets, VOCAB, "sum", loss).item() == pytest.approx(expected)
-        os._exit(0 if same else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_it_cannot_compute_with_is_refused(dtype):
+    x, weight, targets = example(5)
+    with pytest.raises(ValueError, match=f"not {dtype} on"):
+        linear_cross_entropy(x.to(dtype), weight, targets, VOCAB, "sum", CpuLoss())
+    with pytest.raises(ValueError, match=r"torch.float32 on \['meta'\]"):
+        CpuLoss().losses(*(tensor.to("meta") for tensor in (x, weight, targets)), VOCAB)
+    with pytest.raises(ValueError, match="5 hidden states need as many targets"):
+        CpuLoss().losses(x, weight, targets[:4], VOCAB)
+
+
+@pytest.mark.parametrize("own_products", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.usefixtures("small_chunks")
+def test_tensors_may_lie_in_memory_in_any_order(dtype, own_products):
+    x, weight, targets = example(20, dtype=dtype, width=32)
+    turned = [tensor.detach().T.contiguous().T.requires_grad_() for tensor in (x, weight)]
+    assert not any(tensor.is_contiguous() for tensor in turned)
+    ours = gradients_of(*turned, targets, "sum", None, CpuLoss(own_products=own_products))
+    expected = gradients_of(x, weight, targets, "sum", None, CpuLoss(own_products=own_products))
+    for a, b in zip(ours, expected, strict=True):
+        assert error(a, b.double()) < (1e-6 if dtype == FLOAT32 else 3e-3)
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(FLOAT32)
+
+
+def test_torchs_default_dtype_changes_nothing(request):
+    x, weight, targets = example(20, dtype=BFLOAT16)
+    expected = gradients_of(x, weight, targets, "sum", None, CpuLoss())
+    request.getfixturevalue("double_by_default")
+    for a, b in zip(gradients_of(x, weight, targets, "sum", None, CpuLoss()), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_other_dtypes_are_refused_in_words():
