@@ -53,10 +53,10 @@ def succeeded(child: int, seconds: float = 30.0) -> bool:
 def losses_of_rows(seed: int) -> Callable[[], torch.Tensor]:
     """Losses of logits by a loss of its own: our threads alone, without a product of torch's."""
     loss, draw = CpuLoss(), torch.Generator().manual_seed(seed)
-    z, targets = torch.randn(300, 512, generator=draw), torch.randint(512, (300,), generator=draw)
+    z, targets = torch.randn(4000, 512, generator=draw), torch.randint(512, (4000,), generator=draw)
 
     def losses() -> torch.Tensor:
-        out = torch.empty(300)
+        out = torch.empty(4000)
         loss._rows(z, targets, None, out)
         return out
 
