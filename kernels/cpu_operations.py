@@ -6,7 +6,6 @@ from kernels import cpu_embedding, cpu_layers, cpu_loss
 from kernels.cpu_embedding import CpuEmbedding
 from kernels.cpu_layers import CpuLayers
 from kernels.cpu_loss import CpuLoss
-from kernels.cpu_memory import keep_freed_memory
 from nanochat_ray.model.loss import linear_cross_entropy
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan.shape import ModelShape
@@ -18,7 +17,6 @@ class CpuOperations(CpuLayers, CpuEmbedding, Operations):
     def __init__(self) -> None:
         super().__init__()
         self._loss = CpuLoss()
-        keep_freed_memory()  # of the whole process: it trains from now on
 
     def linear_cross_entropy(
         self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, vocab_size: int, reduction: str
