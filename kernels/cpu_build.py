@@ -52,6 +52,15 @@ def load(kernel: str, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         raise UserError(f"the compiled kernel does not load: {error}; delete {target} to compile it again") from error
 
 
+def why_not(kernel: str) -> str | None:
+    """Why this machine cannot have a kernel, in words; None if it can. May compile: seconds."""
+    try:
+        load(kernel)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_ray" / "kernels"
 

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu_build
 from kernels.cpu_crew import address, crew_of
-from nanochat_ray.errors import UserError
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan.shape import ModelShape
 
@@ -39,11 +38,7 @@ def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
         return (
             f"the CPU's embedding needs widths that are multiples of {_LANES}, not {shape.n_embd} and {shape.kv_width}"
         )
-    try:
-        cpu_build.load(SOURCES)
-    except UserError as error:
-        return str(error)
-    return None
+    return cpu_build.why_not(SOURCES)
 
 
 class CpuEmbedding(Operations):

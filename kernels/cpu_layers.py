@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu_build
 from kernels.cpu_crew import address, crew_of
-from nanochat_ray.errors import UserError
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan.shape import ModelShape
 
@@ -84,11 +83,7 @@ def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
         return f"the CPU kernels compute in bfloat16 or float32, not {dtype}"
     if shape.head_size % LANES:
         return f"the CPU kernels need a head size that is a multiple of {LANES}, not {shape.head_size}"
-    try:
-        cpu_build.load(SOURCES)
-    except UserError as error:
-        return str(error)
-    return None
+    return cpu_build.why_not(SOURCES)
 
 
 class CpuLayers(Operations):

@@ -21,7 +21,6 @@ import torch
 
 from kernels import cpu_build
 from kernels.cpu_crew import address, crew_of
-from nanochat_ray.errors import UserError
 from nanochat_ray.model.loss import IGNORED, ChunkedLoss
 
 SOURCES = "cpu_loss"
@@ -37,11 +36,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     """Why this machine cannot compute the loss with `CpuLoss`, in words; None if it can. May compile: seconds."""
     if dtype not in DTYPES:
         return f"the CPU's loss computes in bfloat16 or float32, not {dtype}"
-    try:
-        cpu_build.load(SOURCES)
-    except UserError as error:
-        return str(error)
-    return None
+    return cpu_build.why_not(SOURCES)
 
 
 class CpuLoss(ChunkedLoss):

@@ -82,11 +82,7 @@ def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
         return f"the CPU kernel computes in float32, bfloat16 or int8, not {dtype}"
     if shape.head_size % CHANNEL_MULTIPLE:
         return f"the CPU kernel needs a head size that is a multiple of {CHANNEL_MULTIPLE}, not {shape.head_size}"
-    try:
-        cpu_build.load(SOURCES)
-    except UserError as error:
-        return str(error)
-    return None
+    return cpu_build.why_not(SOURCES)
 
 
 class CpuStep:
