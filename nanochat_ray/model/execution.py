@@ -38,7 +38,6 @@ def prepare_for_training(
     Raises:
         UserError: our kernels or fp8 are wanted, and there are none for this device, dtype or shape.
     """
-    from kernels.cpu_memory import keep_freed_memory
     from kernels.dispatch import training_operations
 
     own, compiling, on_cpu = WISHES[kernels], WISHES[compile], model.device.type == "cpu"
@@ -49,7 +48,6 @@ def prepare_for_training(
     choice = training_operations(model.config, model.device, model.dtype, own, fp8)
     model.use_operations(choice.operations)
     if on_cpu and not choice.is_plain:
-        keep_freed_memory()
         return model, f"kernels: {choice.name}"
     on_gpu = f"; operations: {choice.name}, {choice.why}" * (model.device.type == "cuda")
     if model.device.type == "cuda" and own is not False:
