@@ -9,7 +9,7 @@ kernels/cpu_layers/, which kernels/cpu_build.py compiles. torch.compile cannot l
 
 Measured on two Zen 4 cores, 8 rows × 512 tokens, bf16, forward and backward of all layers: at depth 4, 316 ms against
 576 of torch and 419 of torch.compile; at depth 6, 1.01 s against 1.76 and 1.65. Attention alone is 3.3 to 5 times as
-fast as torch's at 512 tokens and 2.4 to 4 times at 2048 (in fp32, 1.3 to 3.8 times); the activations that are kept for
+fast as torch's at 512 tokens and 2.4 to 4 times at 2048 (in fp32, 1.3 to 3.4 times); the activations that are kept for
 the backward pass take 110 MB instead of 306 at depth 4, 249 instead of 674 at depth 6.
 """
 
