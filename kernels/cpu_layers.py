@@ -65,16 +65,6 @@ class _Rotation(Structure):
     ]
 
 
-class _Gate(Structure):
-    _fields_ = [
-        *((name, c_int) for name in ("heads", "size")),
-        ("range", c_float),
-        ("v", c_void_p),
-        ("v_stride", c_int64),
-        *((name, c_void_p) for name in ("e", "gates", "y", "dy", "de", "dgates")),
-    ]
-
-
 def why_not(shape: ModelShape, dtype: torch.dtype) -> str | None:
     """Why this machine cannot train such a model with `CpuLayers`, in words; None if it can. May compile: seconds."""
     if sys.byteorder != "little" or ctypes.sizeof(c_void_p) != 8:
@@ -115,17 +105,6 @@ class CpuLayers(Operations):
             return super().mixed_norm(x, y, x_weight, y_weight)
         return _MixedNorm.apply(self._call, x, y, x_weight, y_weight)  # type: ignore[no-untyped-call]
 
-    def gated_sum(
-        self, v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor, gate_range: float
-    ) -> torch.Tensor:
-        if (
-            not _known(v_BTGK, gate_BTG, value_BTGK)
-            or v_BTGK.shape[-1] % LANES
-            or not _same_heads(v_BTGK, gate_BTG, value_BTGK)
-        ):
-            return super().gated_sum(v_BTGK, gate_BTG, value_BTGK, gate_range)
-        return _GatedSum.apply(self._call, v_BTGK, gate_BTG, value_BTGK, gate_range)  # type: ignore[no-untyped-call]
-
     def rotated_norm(
         self, x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], scale: float
     ) -> torch.Tensor:
@@ -158,10 +137,6 @@ def _known(*tensors: torch.Tensor) -> bool:
     return first.dtype in DTYPES and all(
         x.device.type == "cpu" and x.dtype == first.dtype and x.numel() > 0 for x in tensors
     )
-
-
-def _same_heads(v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor) -> bool:
-    return v_BTGK.dim() == 4 and v_BTGK.shape == value_BTGK.shape and gate_BTG.shape == v_BTGK.shape[:3]
 
 
 def _turns(x_BTHK: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
@@ -253,35 +228,6 @@ class _MixedNorm(torch.autograd.Function):
             None if x is None else totals[0].to(x_weight.dtype).view_as(x_weight),
             None if y is None else totals[1].to(y_weight.dtype).view_as(y_weight),
         )  # fmt: skip
-
-
-class _GatedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, call: Call, v: torch.Tensor, gate: torch.Tensor, value: torch.Tensor, gate_range: float
-    ) -> torch.Tensor:
-        v, gate, value = _by_token(v), gate.contiguous(), value.contiguous()
-        y = torch.empty_like(value)
-        arguments = _gate(value, gate, gate_range, v=v, y=y)
-        call("gate", v.dtype, c_int64(value.shape[0] * value.shape[1]), byref(arguments))
-        ctx.call, ctx.gate_range = call, gate_range
-        ctx.save_for_backward(gate, value)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Gradient, ...]:  # type: ignore[override]
-        gate, value = ctx.saved_tensors
-        dy, dgate, dvalue = dy.contiguous(), torch.empty_like(gate), torch.empty_like(value)
-        arguments = _gate(value, gate, ctx.gate_range, dy=dy, de=dvalue, dgates=dgate)
-        ctx.call("gate_backward", dy.dtype, c_int64(value.shape[0] * value.shape[1]), byref(arguments))
-        return None, dy, dgate, dvalue, None
-
-
-def _gate(value: torch.Tensor, gate: torch.Tensor, gate_range: float, **others: torch.Tensor) -> _Gate:
-    stride = _distance(others["v"]) if "v" in others else 0
-    addresses = {name: address(tensor) for name, tensor in others.items()}
-    return _Gate(*value.shape[2:], gate_range, v_stride=stride, e=address(value), gates=address(gate), **addresses)
 
 
 class _RotatedNorm(torch.autograd.Function):

@@ -143,18 +143,6 @@ PUBLIC int cpu_layers_rotate_backward(void* team, int bf16, int64_t count, const
     });
 }
 
-PUBLIC int cpu_layers_gate(void* team, int bf16, int64_t count, const rows::Gate* call) {
-    return each_token(team, count, [&](int64_t token) {
-        bf16 ? rows::gate<simd::Bf16>(*call, token) : rows::gate<simd::Fp32>(*call, token);
-    });
-}
-
-PUBLIC int cpu_layers_gate_backward(void* team, int bf16, int64_t count, const rows::Gate* call) {
-    return each_token(team, count, [&](int64_t token) {
-        bf16 ? rows::gate_backward<simd::Bf16>(*call, token) : rows::gate_backward<simd::Fp32>(*call, token);
-    });
-}
-
 PUBLIC int cpu_layers_squared_relu(void* team, int bf16, int64_t count, void* x) {
     return each_part(team, count, [&](int64_t first, int64_t size) {
         bf16 ? rows::squared_relu<simd::Bf16>((uint16_t*)x + first, size)

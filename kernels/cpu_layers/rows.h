@@ -1,4 +1,4 @@
-// What is done to each token on its own: norms, rotation, gates, squared ReLU; forward and backward, in fp32.
+// What is done to each token on its own: norms, rotation, squared ReLU; forward and backward, in fp32.
 //
 // A row is a token's numbers, or a head's of them, a multiple of 16. The gradient of a norm is made of its result and
 // of 1/RMS: y = x·s, dx = s·(dy − y·mean(dy·y)).
@@ -193,64 +193,6 @@ void squared_relu_backward(const typename T::Element* y, const typename T::Eleme
         alignas(64) typename T::Element relu[LANES];
         T::write(relu, square_root(T::read(y + i)));
         T::write(dx + i, T::read(dy + i) * T::read(relu) * simd::broadcast(2.0f));
-    }
-}
-
-// Of (count, heads, size): y = v + range · sigmoid(gate) · e, a gate (count, heads) per head.
-struct Gate {
-    int heads, size;
-    float range;
-    const void* v;
-    int64_t v_stride;
-    const void *e, *gates;
-    void* y;
-    const void* dy;
-    void *de, *dgates;
-};
-
-template <class T>
-INLINE float number(const void* numbers, int64_t index) {
-    alignas(64) typename T::Element one[LANES] = {((const typename T::Element*)numbers)[index]};
-    float lane[LANES];
-    simd::store(lane, T::read(one));
-    return lane[0];
-}
-
-template <class T>
-INLINE void set_number(void* numbers, int64_t index, float value) {
-    alignas(64) typename T::Element one[LANES];
-    T::write(one, simd::broadcast(value));
-    ((typename T::Element*)numbers)[index] = one[0];
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-template <class T>
-void gate(const Gate& g, int64_t token) {
-    typedef typename T::Element Element;
-    for (int head = 0; head < g.heads; head++) {
-        const size_t at = ((size_t)token * g.heads + head) * g.size;
-        const Element* const e = (const Element*)g.e + at;
-        const Element* const v = (const Element*)g.v + token * g.v_stride + head * g.size;
-        Element* const y = (Element*)g.y + at;
-        const Lanes open = simd::broadcast(g.range * sigmoid(number<T>(g.gates, token * g.heads + head)));
-        for (int i = 0; i < g.size; i += LANES)
-            T::write(y + i, simd::multiply_add(T::read(e + i), open, T::read(v + i)));
-    }
-}
-
-template <class T>
-void gate_backward(const Gate& g, int64_t token) {
-    typedef typename T::Element Element;
-    for (int head = 0; head < g.heads; head++) {
-        const size_t at = ((size_t)token * g.heads + head) * g.size;
-        const Element *const e = (const Element*)g.e + at, *const dy = (const Element*)g.dy + at;
-        Element* const de = (Element*)g.de + at;
-        const float share = sigmoid(number<T>(g.gates, token * g.heads + head));
-        const float slope = g.range * share * (1.0f - share) * dot<T>(dy, e, g.size);
-        set_number<T>(g.dgates, token * g.heads + head, slope);
-        const Lanes open = simd::broadcast(g.range * share);
-        for (int i = 0; i < g.size; i += LANES) T::write(de + i, T::read(dy + i) * open);
     }
 }
 

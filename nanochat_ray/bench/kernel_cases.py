@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from nanochat_ray.model.attention import RotaryTables
-from nanochat_ray.model.gpt import VALUE_GATE_RANGE
 from nanochat_ray.model.operations import Operations
 from nanochat_ray.plan import Plan
 from nanochat_ray.plan.shape import attended_pairs
@@ -42,8 +41,7 @@ def cases(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Case]:
     made = _Inputs(device)
     x_ND, y_ND = made.activation(dtype, tokens, width), made.activation(dtype, tokens, width)
     q_BTHK = made.activation(dtype, rows, length, heads, size)
-    k_BTGK, v_BTGK, value_BTGK = (made.activation(dtype, rows, length, shape.n_kv_head, size) for _ in range(3))
-    gate_BTG = made.activation(dtype, rows, length, shape.n_kv_head)
+    k_BTGK, v_BTGK = (made.activation(dtype, rows, length, shape.n_kv_head, size) for _ in range(2))
     rotary = RotaryTables(size, shape.rotary_base)(length, device, dtype)
     up, head = made.weight(4 * width, width), made.weight(vocab, width)
     table = made.weight(vocab, width)
@@ -59,13 +57,6 @@ def cases(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Case]:
             made.trained(lambda o: o.mixed_norm(x_ND, y_ND)),
             0,
             9 * row,
-        ),
-        Case(
-            "gated value embedding",
-            "gated_sum",
-            made.trained(lambda o: o.gated_sum(v_BTGK, gate_BTG, value_BTGK, VALUE_GATE_RANGE)),
-            0,
-            6 * kv_row,
         ),
         Case(
             "rotation and norm of queries",

@@ -82,8 +82,8 @@ class Attention(nn.Module):
         k_BTGK = self.c_k(x_BTD).unflatten(-1, heads)
         v_BTGK = self.c_v(x_BTD).unflatten(-1, heads)
         if value_BTE is not None and self.ve_gate is not None:
-            gate_BTG = self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS])
-            v_BTGK = operations.gated_sum(v_BTGK, gate_BTG, value_BTE.unflatten(-1, heads), VALUE_GATE_RANGE)
+            gate_BTG = VALUE_GATE_RANGE * torch.sigmoid(self.ve_gate(x_BTD[..., :VALUE_GATE_CHANNELS]))
+            v_BTGK = v_BTGK + gate_BTG.unsqueeze(-1) * value_BTE.unflatten(-1, heads)
         q_BTHK = operations.rotated_norm(q_BTHK, rotary, self.query_key_scale)
         k_BTGK = operations.rotated_norm(k_BTGK, rotary, self.query_key_scale)
         return self.c_proj(attend(self.layer, q_BTHK, k_BTGK, v_BTGK, self.window).flatten(2))

@@ -35,12 +35,6 @@ class Operations:
         mix = (x if x_weight is None else x_weight * x) + (y if y_weight is None else y_weight * y)
         return mix, self.norm(mix)
 
-    def gated_sum(
-        self, v_BTGK: torch.Tensor, gate_BTG: torch.Tensor, value_BTGK: torch.Tensor, gate_range: float
-    ) -> torch.Tensor:
-        """v + gate_range·sigmoid(gate)·value, with a gate per head."""
-        return v_BTGK + (gate_range * torch.sigmoid(gate_BTG)).unsqueeze(-1) * value_BTGK
-
     def rotated_norm(
         self, x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], scale: float
     ) -> torch.Tensor:
