@@ -266,8 +266,16 @@ class _Worker:
         if self.events is not None:
             self.events.append("eval", step=step, val_bpb=bpb, seconds=round(time.monotonic() - began, 4))
             self._write_samples(self.events, step)
+            if self.peak_flops is not None:
+                self._measure_peak()
         self.model.train()
         return bpb
+
+    def _measure_peak(self) -> None:
+        """The most that was seen so far: others may use the cores while it is measured, and MFU would pass 100 %."""
+        gemm_peak.cache_clear()
+        peak = gemm_peak(self.world.device, self.dtype) * self.world.size
+        self.peak_flops = max(peak, self.peak_flops or 0.0)
 
     def _write_samples(self, events: EventLog, step: int) -> None:
         """Worker 0's alone; the others wait for it in what they do together next."""
@@ -353,7 +361,7 @@ class _Worker:
         self._log_saved()
         flops_per_s = plan.flops_per_token * plan.batch_tokens / seconds
         if result.step == self.state.cursor.step + PEAK_AFTER_STEPS:
-            self.peak_flops = gemm_peak(self.world.device, self.dtype) * self.world.size
+            self._measure_peak()
         self.events.append(
             "step",
             step=result.step,
