@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _WORKER_ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that Ctrl-C left behind must not start a cluster of its own
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often the controller asks its workers how they are
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # then it counts the machines again
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",  # cores stay reserved so long for a pipeline that was killed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # train/elastic.py watches, and would only be cut short by it
 }
 # What Ray itself reads when a local cluster starts.
@@ -47,6 +49,7 @@ _LOCAL_WORKERS_PER_CORE = 4
 _CPUS_FOR_DATA = 2
 END_WITHIN_S = 3.0
 ANSWER_WITHIN_S, JOIN_WITHIN_S = 0.5, 10.0  # a machine in the same region answers in milliseconds
+WAITS_FOR_RAY = "waits for Ray"  # threads of this name end with the connection
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -102,6 +105,27 @@ def connect(address: str | None, workers: int = 1, preload: Callable[[], None] |
     finally:
         with ending_all(_processes_below_raylet()):
             ray.shutdown()
+        for thread in threading.enumerate():
+            if thread.name == WAITS_FOR_RAY:
+                thread.join(END_WITHIN_S)
+
+
+def call_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call what waits for Ray where Ctrl-C cannot reach it, so that this thread is free at once; `connect` ends it.
+
+    Left alone, such a thread notices within a second that Ray is shut down. If the interpreter ends before, it crashes
+    the process.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # for whoever waits for the outcome to raise
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name=WAITS_FOR_RAY, daemon=True).start()
+    return outcome
 
 
 def _leave_to_rays_logs(*_: Any, **__: Any) -> None:

@@ -83,6 +83,13 @@ class Chaos:
         self.run.kill()
         time.sleep(WORKERS_END_AFTER_S)  # else one of them may still write a newer checkpoint than is seen now
 
+    def kill_controller(self) -> None:
+        """The process that leads the groups ends, and with it the group at work; the user's command lives on."""
+        self._groups_before = len(self.run.events("start"))
+        for process in self.cluster.processes():
+            if "TrainController" in "".join(process.cmdline()):
+                process.kill()
+
     def kill_head(self) -> None:
         """The machine of the cluster's head is gone; the others find that out for themselves."""
         self.cluster.kill_head()

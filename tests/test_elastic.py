@@ -18,6 +18,7 @@ from nanochat_ray.train.elastic import (
 )
 
 WORKER = {"CPU": 1.0}
+SCALING = ScalingConfig(num_workers=(1, 2), resources_per_worker=WORKER)
 GPU_WORKER = {"GPU": 1.0, "CPU": 1.0}
 
 
@@ -138,9 +139,26 @@ def test_a_machine_that_is_replaced_before_it_goes_does_not_make_the_group_leave
     assert watch.deadline == 1030.0
 
 
+def test_a_controller_takes_over_what_its_predecessor_had_asked_for(monkeypatch):
+    asked = []
+
+    class Client:
+        def __init__(self, requester):
+            self.requester = requester
+
+        def send_resource_request(self, config, workers):
+            asked.append((self.requester, workers))
+
+    monkeypatch.setattr(elastic, "TrainAutoscalingCoordinatorClient", Client)
+    for run in ("first", "second"):
+        policy = UsableMachinesPolicy(SCALING, "train-stage", lambda seconds: None)
+        policy.after_controller_start(SimpleNamespace(run_id=run))
+    assert asked == [("train-stage", 2)] * 2
+
+
 def test_a_head_or_machine_that_is_just_going_does_not_end_the_run(monkeypatch, capsys):
     """Ray Train gives up when its policy or a callback raises, whatever `max_failures` is."""
-    policy = UsableMachinesPolicy(ScalingConfig(num_workers=(1, 2), resources_per_worker=WORKER), lambda seconds: None)
+    policy = UsableMachinesPolicy(SCALING, "train-run", lambda seconds: None)
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     machines = [RuntimeError("the head is away"), Machines({}, {}), Machines(cpus(a=2), {})]
 

@@ -113,6 +113,9 @@ def test_finetuning_has_one_history_too(corpus, tmp_path):
     with spot_cluster(machines=2) as cluster:
         chaos = Chaos(cluster, "sft", run / "sft", flags)
         chaos.wait_for(workers=2)
+        chaos.kill_controller()
+        chaos.wait_for(workers=2)
+        assert "another one goes on: The actor died" in chaos.run.output()
         chaos.kill(rank=1)
         chaos.wait_for(workers=1)
         chaos.kill(rank=0)

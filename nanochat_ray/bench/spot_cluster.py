@@ -81,19 +81,18 @@ class SpotCluster:
         self.machines.remove(machine)
         self.tell(do="kill", machine=machine)
 
+    def processes(self) -> list[psutil.Process]:
+        """Of the cluster and its drivers, also on machines that were killed, whose children nobody has."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it has ended meanwhile, or is somebody else's
+                if process.environ().get("RAY_AUTH_TOKEN") == self.environment["RAY_AUTH_TOKEN"]:
+                    found.append(process)
+        return found
+
     def kill_head(self) -> None:
         """The same to the head, after which the cluster is good for nothing; its machines end by themselves."""
         self.tell(do="kill_head")
-
-
-def _with_token(token: str) -> list[psutil.Process]:
-    """All processes of a cluster and its drivers, also of machines that were killed, whose children nobody has."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has ended meanwhile, or is somebody else's
-            if process.environ().get("RAY_AUTH_TOKEN") == token:
-                found.append(process)
-    return found
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def spot_cluster(machines: int) -> Iterator[SpotCluster]:
                 yield cluster
             finally:
                 assert process.stdin is not None
-                with ending_all(_with_token(environment["RAY_AUTH_TOKEN"])):
+                with ending_all(cluster.processes()):
                     process.stdin.close()
                     process.wait(timeout=60)
 
@@ -129,14 +128,17 @@ def main() -> None:
             pass
 
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster, nodes, busy = Cluster(initialize_head=True, head_node_args=head), {}, []
+    cluster, busy = Cluster(initialize_head=True, head_node_args=head), []
+    nodes: dict[str, Any] = {}
     headless = False
     cluster.connect()
     for line in sys.stdin:
         order = json.loads(line)
         answer: dict[str, Any] = {"address": cluster.address}
         if order["do"] == "add":
-            node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+            # Machines that unpacked the job's code in one folder would remove it under each other's starting processes.
+            own_folder = f"runtime_resources_{time.time_ns()}"
+            node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES, runtime_env_dir_name=own_folder)
             nodes[node.node_id] = node
             answer["machine"] = node.node_id
         elif order["do"] == "drain":

@@ -77,9 +77,15 @@ class SpotRun:
         return self.output()
 
     def interrupt(self) -> str:
-        """As Ctrl-C; its output."""
+        """As Ctrl-C; its output.
+
+        Raises:
+            RuntimeError: the command crashed instead of ending by itself.
+        """
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(END_WITHIN_S)
+        code = self.process.wait(END_WITHIN_S)
+        if code not in (0, 1):
+            raise RuntimeError(f"interrupted, the command ended with {code}:\n{self.output()}")
         return self.output()
 
     def kill(self) -> None:

@@ -20,10 +20,15 @@ import torch.distributed as dist
 # Not public: the first tells what is free on each machine, the others are the only places where Ray Train takes a
 # scaling policy and callbacks of the controller. The version is pinned and tests hold them.
 from ray._private.state import available_resources_per_node
+from ray._raylet import PlacementGroupID
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
+from ray.util.placement_group import PlacementGroup
 
 from nanochat_ray.cli import warn
 from nanochat_ray.cluster import answers
@@ -170,17 +175,26 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
     Lives in the controller of the run, which asks it about twice a second.
 
     Args:
+        requester: who asks for machines; the same whenever the same work is started again.
         note_wait: is told, before each group, for how many seconds there were too few machines for it.
     """
 
-    def __init__(self, scaling_config: Any, note_wait: Callable[[float], None]):
+    def __init__(self, scaling_config: Any, requester: str, note_wait: Callable[[float], None]):
         super().__init__(scaling_config)
+        self._requester = requester
         self._note_wait = note_wait
         self._short_since: float | None = None
         self._waited_s = 0.0
         self._group: float | None = None  # when the running one began, by the controller's clock
         self._next_look = self._settled_at = 0.0
         self._spare_workers, self._spares_beside = Spares(), Spares()
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        # Ray would ask by a new name for each controller, and keep from this one, for three minutes, what a killed one
+        # had asked for: no core would be left to read data.
+        self._requester_id = self._requester
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester)
+        self._send_resource_request()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()  # an autoscaler brings machines
@@ -268,20 +282,28 @@ class WaitUntilGivenBack(WorkerGroupCallback):
 class ElasticTrainer(TorchTrainer):
     """A TorchTrainer whose groups of `num_workers=(min, max)` follow `UsableMachinesPolicy`."""
 
-    def __init__(self, *positional: Any, note_wait: Callable[[float], None], **named: Any):
+    def __init__(self, *positional: Any, requester: str, note_wait: Callable[[float], None], **named: Any):
         super().__init__(*positional, **named)
-        self._note_wait = note_wait
+        self._requester, self._note_wait = requester, note_wait
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        given["scaling_policy"] = UsableMachinesPolicy(self.scaling_config, self._note_wait)
+        given["scaling_policy"] = UsableMachinesPolicy(self.scaling_config, self._requester, self._note_wait)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         config: Any = self.scaling_config
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        # Its process cleans up after a controller that was killed. Ray does that by itself when an actor ends.
+        # Its process, one more to start, gives back what a killed controller had reserved: so does the driver.
         needed = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
         return [*needed, WaitUntilGivenBack(config._resources_per_worker_not_none)]
+
+
+def give_back_reservations() -> None:
+    """Remove what this job has reserved. Ray keeps it for a group whose controller was killed until the job ends."""
+    job = ray.get_runtime_context().get_job_id()
+    for name in ray.util.placement_group_table():
+        if name.endswith(job):  # that is how these ids are made
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def grew_in_vain(events: Sequence[Mapping[str, Any]], attempt: str, workers: int) -> bool:

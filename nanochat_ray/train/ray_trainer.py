@@ -4,20 +4,19 @@ At every start of a group, the newest valid checkpoint says where the stream goe
 there; what a worker does is in worker.py, when a group changes its size in elastic.py.
 """
 
-import threading
+import textwrap
 import time
 import uuid
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from nanochat_ray.cli import warn
-from nanochat_ray.cluster import Cluster, answers, preloading, require_room
+from nanochat_ray.cluster import Cluster, answers, call_in_thread, preloading, require_room
 from nanochat_ray.errors import UserError
 from nanochat_ray.storage import retrying
 from nanochat_ray.stream.cursor import RowId
@@ -27,6 +26,7 @@ from nanochat_ray.train.elastic import (
     LOOK_ERRORS,
     WATCH_EVERY_S,
     ElasticTrainer,
+    give_back_reservations,
     look_at_machines,
 )
 from nanochat_ray.train.events import read_events
@@ -34,8 +34,10 @@ from nanochat_ray.train.job import TrainingJob
 from nanochat_ray.train.lease import clear_stage
 from nanochat_ray.train.progress import live_progress
 from nanochat_ray.train.reports import REPORTS, note_wait, report_failure, reported_failure
+from nanochat_ray.train.restarts import RESTARTS_WITHOUT_PROGRESS
 from nanochat_ray.train.worker import load, train_on_worker
 
+REASON_CHARACTERS = 400
 HEAD_AWAY_FOR_S = 50.0  # after 60 s Ray ends all processes of the cluster; until then a restarted head finds them again
 
 
@@ -60,11 +62,25 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
     if fresh:
         clear_stage(job.stage)
     job.stage.write_json("plan.json", job.plan.to_dict())
-    trainer = ElasticTrainer(
+    try:
+        with live_progress(job.stage, job.plan.steps):
+            _fit_with_new_controllers(job, cluster, workers, resources)
+        _raise_reported_failure(job)
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        _raise_reported_failure(job)
+        raise UserError(f"training failed: {_reason(error)}") from error
+    finally:
+        _clean_up(job)
+    return True
+
+
+def _trainer(job: TrainingJob, workers: tuple[int, int], resources: dict[str, float], name: str) -> ElasticTrainer:
+    return ElasticTrainer(
         train_on_worker,
         train_loop_config={"job": job, "most": workers[1], "per_worker": resources},
         datasets={"train": lambda: _dataset_from_checkpoint(job)},
         dataset_config=ordered_data_config(),
+        requester=f"train-{job.stage}",
         note_wait=partial(note_wait, job),
         torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
@@ -75,22 +91,44 @@ def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], f
             placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         ),
         run_config=RunConfig(
-            name=job.attempt,  # never an old name: our own checkpoints say where to go on
+            name=name,  # never an old one: our own checkpoints say where to go on
             storage_path=str(job.stage / "ray"),
             failure_config=FailureConfig(max_failures=-1),
             worker_runtime_env=preloading(load),  # type: ignore[call-arg]
         ),
     )
-    try:
-        with live_progress(job.stage, job.plan.steps):
-            _fit(trainer, cluster, resources, workers[0])
-        _raise_reported_failure(job)
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        _raise_reported_failure(job)
-        raise UserError(f"training failed: {_last_line(str(error))}") from error
-    finally:
-        _clean_up(job)
-    return True
+
+
+def _fit_with_new_controllers(
+    job: TrainingJob, cluster: Cluster, workers: tuple[int, int], resources: dict[str, float]
+) -> None:
+    """Run until a group has done all steps, from the last checkpoint again where Ray Train's controller is lost.
+
+    The controller is one process, and it gives up where a machine is lost in the moment between the start of a group
+    and that of its training function (Ray 2.60). Neither is a reason to end the user's command.
+    """
+    lost_at: list[int] = []
+    while True:
+        trainer = _trainer(job, workers, resources, name=f"{job.attempt}-{len(lost_at)}")
+        try:
+            return _fit(trainer, cluster, resources, workers[0])
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            _raise_reported_failure(job)
+            lost_at.append(_last_step(job))
+            if not _is_of_ray(error) or lost_at.count(lost_at[-1]) > RESTARTS_WITHOUT_PROGRESS:
+                raise
+            warn(f"Ray Train's controller was lost after step {lost_at[-1]}, another one goes on: {_reason(error)}")
+            give_back_reservations()
+
+
+def _last_step(job: TrainingJob) -> int:
+    return max((event["step"] for event in read_events(job.stage) if event["kind"] == "step"), default=0)
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    """Whether a process or a machine was lost, as opposed to a mistake in what runs there."""
+    cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+    return isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError)
 
 
 def _require_no_checkpoint_lost(job: TrainingJob) -> None:
@@ -120,15 +158,7 @@ def _fit(trainer: ElasticTrainer, cluster: Cluster, per_worker: dict[str, float]
     Raises:
         UserError: the cluster's head is lost. Ray would end this process a little later, with no word on what to do.
     """
-    outcome: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:  # for the main thread to raise
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    outcome = call_in_thread(trainer.fit)
     host, port = cluster.address.rsplit(":", 1)
     seen, told = time.monotonic(), False
     while not wait([outcome], timeout=WATCH_EVERY_S).done:
@@ -193,5 +223,10 @@ def _raise_reported_failure(job: TrainingJob) -> None:
         raise UserError(message)
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
+def _reason(error: BaseException) -> str:
+    """One line. Of a lost actor what Ray says first, since its last line is the least of it; else the last line."""
+    cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+    if isinstance(cause, ray.exceptions.ActorDiedError):
+        return textwrap.shorten(str(cause), REASON_CHARACTERS, placeholder=" …")
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(cause)
