@@ -38,7 +38,7 @@ from nanochat_ray.train.restarts import RESTARTS_WITHOUT_PROGRESS
 from nanochat_ray.train.worker import load, train_on_worker
 
 REASON_CHARACTERS = 400
-HEAD_AWAY_FOR_S = 50.0  # after 60 s Ray ends all processes of the cluster; until then a restarted head finds them again
+HEAD_AWAY_FOR_S = 40.0  # a restarted head finds all processes again; after 60 s Ray ends them, this one without a word
 
 
 def run_training(job: TrainingJob, cluster: Cluster, workers: tuple[int, int], fresh: bool = False) -> bool:
