@@ -80,7 +80,7 @@ class SpotRun:
         """As Ctrl-C; its output.
 
         Raises:
-            RuntimeError: the command crashed instead of ending by itself.
+            RuntimeError: it crashed.
         """
         self.process.send_signal(signal.SIGINT)
         code = self.process.wait(END_WITHIN_S)
