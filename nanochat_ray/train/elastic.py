@@ -191,7 +191,7 @@ class UsableMachinesPolicy(ElasticScalingPolicy):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         # Ray would ask by a new name for each controller, and keep from this one, for three minutes, what a killed one
-        # had asked for: Ray Data would count no core as its own, and run a task only where nothing else runs.
+        # had asked for: Ray Data would count no core as its own.
         self._requester_id = self._requester
         self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester)
         self._send_resource_request()
@@ -299,7 +299,7 @@ class ElasticTrainer(TorchTrainer):
 
 
 def give_back_reservations() -> None:
-    """Remove the placement groups of this job: that of a killed controller Ray would keep for as long as the job lives."""
+    """Remove the placement groups of this job: Ray keeps that of a killed controller until the job ends."""
     job = ray.get_runtime_context().get_job_id()
     for name in ray.util.placement_group_table():
         if name.endswith(job):  # that is how these ids are made
