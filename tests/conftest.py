@@ -19,7 +19,7 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("NANOCHAT_RAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         if os.environ.get("CI"):
-            pytest.fail(f"real data not found at {folder}; CI must not skip what needs it")
+            pytest.fail(f"real data not found at {folder}; CI must not skip what needs it; set NANOCHAT_RAY_TEST_DATA")
         pytest.skip(f"real data not found at {folder}; set NANOCHAT_RAY_TEST_DATA")
     return folder
 
